@@ -1,0 +1,57 @@
+"""Write this call's keys and values into the cache.
+
+One thread moves one run of elements; k and v lie side by side in a row of qkv, so reads are contiguous over the
+whole row and writes are contiguous within a head. One block a token at least, more where a row is wide.
+"""
+
+# mypy: disable-error-code="valid-type,misc"
+from __future__ import annotations
+
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from gpt2_tvm.kernels.spec import AttentionSpec, GpuLimits
+
+THREADS = 256
+
+
+def kv_append(
+    spec: AttentionSpec, limits: GpuLimits, batch: int | None = None, rows: int | None = None
+) -> PrimFunc:
+    """``(qkv [b, n, 3HD], positions [b], lengths [b], cache [2, b, H, S, D])``, cache in place (argument 3).
+
+    Row t of sequence i goes to slot ``positions[i] + t`` when ``t < lengths[i]``. A slot outside ``[0, S)`` is
+    not written, whatever positions and lengths hold. batch, rows: fix b or n; symbolic where not given.
+    """
+    n_head, head_dim, capacity, dtype, width = spec.n_head, spec.head_dim, spec.capacity, spec.dtype, spec.width
+    lanes = limits.lanes(head_dim)
+    threads = min(THREADS, limits.threads_per_block)
+    runs = 2 * width // lanes  # of one row: its keys, then its values
+    blocks = -(-runs // threads)
+
+    @T.prim_func(s_tir=True)
+    def kv_append(qkv_h: T.handle, positions_h: T.handle, lengths_h: T.handle, cache_h: T.handle):
+        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+        b, n = T.int64(), T.int64()
+        qkv = T.match_buffer(qkv_h, (b, n, 3 * width), dtype)
+        positions = T.match_buffer(positions_h, (b,), "int32")
+        lengths = T.match_buffer(lengths_h, (b,), "int32")
+        cache = T.match_buffer(cache_h, (2, b, n_head, capacity, head_dim), dtype)
+        for t in T.thread_binding(T.Cast("int32", n), thread="blockIdx.x"):
+            for by in T.thread_binding(T.Cast("int32", b) * blocks, thread="blockIdx.y"):
+                for tx in T.thread_binding(threads, thread="threadIdx.x"):
+                    seq: T.let[T.int32] = by // blocks
+                    first: T.let[T.int32] = positions[seq]
+                    e: T.let[T.int32] = (by % blocks * threads + tx) * lanes
+                    # first < capacity - t rather than first + t < capacity: the sum may overflow
+                    if first >= 0 and first < capacity - t and t < lengths[seq] and e < 2 * width:
+                        for v in T.vectorized(lanes):
+                            cache[
+                                e // width, seq, e % width // head_dim, first + t, e % head_dim + v
+                            ] = qkv[seq, t, width + e + v]
+
+    fixed = {}
+    for name, value in (("b", batch), ("n", rows)):
+        if value is not None:
+            fixed[name] = value
+    return bind_sizes(kv_append, fixed)

@@ -1,0 +1,254 @@
+"""GPT-2 in `relax.frontend.nn`, named as in Hugging Face.
+
+Shapes in comments: b sequences, n rows (tokens) of this call, E = n_embd, H heads of size D, V = vocabulary, S = cache capacity.
+
+Where the study before us passed `total_seq_len` and a mask, every function here takes the *positions* of its sequences as an
+int32 tensor on the device and derives both from it inside the kernels. A length that is a shape makes every step a new shape: the
+host computes sizes between kernels and no step can be recorded. A length that is data leaves decode with static shapes only, so one
+step is one CUDA graph or one WebGPU command buffer, and sequences of one batch may stand at different positions.
+
+The KV cache is one tensor a layer, [2, b, H, S, D], updated in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import te, tirx
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op
+
+from gpt2_tvm.attention import AttentionKernels, Rows
+from gpt2_tvm.config import GPT2Config
+from gpt2_tvm.kernels.spec import AttentionSpec
+from gpt2_tvm.quantization import Scheme
+from gpt2_tvm.quantization.layers import Linear, Matrix, WeightLayout
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What the target and the user decide about a model: storage, layout, kernels, and the capacity of its cache in tokens."""
+
+    scheme: Scheme
+    layout: WeightLayout
+    kernels: AttentionKernels
+    capacity: int
+
+
+class LayerNorm(nn.Module):
+    """Mean and variance in float32, in two passes: stable where the residual stream has large outliers."""
+
+    def __init__(self, size: int, epsilon: float, dtype: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter([size], dtype)
+        self.bias = nn.Parameter([size], dtype)
+        self.size, self.epsilon, self.dtype = size, epsilon, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, n, E] -> [b, n, E]."""
+        E, f32 = self.size, "float32"
+
+        def norm(x: te.Tensor, weight: te.Tensor, bias: te.Tensor) -> te.Tensor:
+            b, n = x.shape[0], x.shape[1]
+            k = te.reduce_axis((0, E), name="k")
+            total = te.compute((b, n), lambda i, t: te.sum(x[i, t, k].astype(f32), axis=k), name="total")
+            mean = te.compute((b, n), lambda i, t: total[i, t] / tirx.const(E, f32), name="mean")
+            k2 = te.reduce_axis((0, E), name="k2")
+            square = te.compute(
+                (b, n),
+                lambda i, t: te.sum(
+                    (x[i, t, k2].astype(f32) - mean[i, t]) * (x[i, t, k2].astype(f32) - mean[i, t]), axis=k2
+                ),
+                name="square",
+            )
+            rstd = te.compute(
+                (b, n),
+                lambda i, t: tirx.rsqrt(square[i, t] / tirx.const(E, f32) + tirx.const(self.epsilon, f32)),
+                name="rstd",
+            )
+            return te.compute(
+                (b, n, E),
+                lambda i, t, e: (
+                    (x[i, t, e].astype(f32) - mean[i, t]) * rstd[i, t] * weight[e].astype(f32) + bias[e].astype(f32)
+                ).astype(self.dtype),
+                name="normalised",
+            )
+
+        return op.tensor_expr_op(norm, "layer_norm", [x, self.weight, self.bias])
+
+
+class GPT2Attention(nn.Module):
+    def __init__(self, config: GPT2Config, layer: int, options: ModelOptions) -> None:
+        super().__init__()
+        E = config.n_embd
+        self.c_attn = Linear(E, 3 * E, options.scheme, options.layout)
+        self.c_proj = Linear(E, E, options.scheme, options.layout)
+        self.kernels = options.kernels
+        self.spec = AttentionSpec(
+            config.n_head, config.head_dim, options.capacity, options.scheme.compute_dtype, config.attention_scale(layer)
+        )
+
+    def forward(self, x: Tensor, residual: Tensor, cache: Tensor, rows: Rows) -> Tensor:
+        qkv = self.c_attn(x)  # [b, n, 3E]
+        cache = self.kernels.append(self.spec, qkv, cache, rows)  # [2, b, H, S, D], in place
+        y = self.kernels.attend(self.spec, qkv, cache, rows)  # [b, n, E]
+        return self.c_proj(y, residual=residual)
+
+
+class GPT2MLP(nn.Module):
+    def __init__(self, config: GPT2Config, options: ModelOptions) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, config.n_inner, options.scheme, options.layout)
+        self.c_proj = Linear(config.n_inner, config.n_embd, options.scheme, options.layout)
+        self.activation = config.activation_function
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        h = self.c_fc(x, activation=self.activation)  # [b, n, n_inner]
+        return self.c_proj(h, residual=residual)
+
+
+class GPT2Block(nn.Module):
+    def __init__(self, config: GPT2Config, layer: int, options: ModelOptions) -> None:
+        super().__init__()
+        dtype = options.scheme.compute_dtype
+        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_epsilon, dtype)
+        self.attn = GPT2Attention(config, layer, options)
+        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon, dtype)
+        self.mlp = GPT2MLP(config, options)
+
+    def forward(self, x: Tensor, cache: Tensor, rows: Rows) -> Tensor:
+        x = self.attn(self.ln_1(x), x, cache, rows)  # [b, n, E]
+        return self.mlp(self.ln_2(x), x)
+
+
+class GPT2Model(nn.Module):
+    def __init__(self, config: GPT2Config, options: ModelOptions) -> None:
+        super().__init__()
+        E, dtype = config.n_embd, options.scheme.compute_dtype
+        self.wte = Matrix(E, config.vocab_size, options.scheme, options.layout)
+        self.wpe = nn.Embedding(config.n_positions, E, dtype)
+        self.h = nn.ModuleList([GPT2Block(config, i, options) for i in range(config.n_layer)])
+        self.ln_f = LayerNorm(E, config.layer_norm_epsilon, dtype)
+        self.n_positions, self.n_embd, self.dtype = config.n_positions, E, dtype
+
+    def embed(self, ids: Tensor, rows: Rows) -> Tensor:
+        """[b, n] int32 -> [b, n, E]: the token's row plus its position's (positions[b] + t, or + its depth in a tree)."""
+        element = self.wte.layout.element
+
+        def embed(ids: te.Tensor, wte: te.Tensor, wpe: te.Tensor, positions: te.Tensor, *depths: te.Tensor) -> te.Tensor:
+            def value(i: tirx.Var, t: tirx.Var, e: tirx.Var) -> tirx.Expr:
+                offset = depths[0][i, t] if depths else t.astype("int32")
+                # padding rows may lie past the context; they must still read inside the table
+                place = tirx.min(positions[i] + offset, tirx.const(self.n_positions - 1, "int32"))
+                return element(wte, ids[i, t], e).astype(self.dtype) + wpe[place, e]
+
+            return te.compute((*ids.shape, self.n_embd), value, name="embedding")
+
+        depths = [rows.depths] if rows.depths is not None else []
+        return op.tensor_expr_op(embed, "embed", [ids, self.wte.weight, self.wpe.weight, rows.positions, *depths])
+
+    def forward(self, ids: Tensor, caches: list[Tensor], rows: Rows) -> Tensor:
+        """[b, n] int32 -> hidden states [b, n, E], before the last LayerNorm."""
+        x = self.embed(ids, rows)
+        for block, cache in zip(self.h, caches, strict=True):
+            x = block(x, cache, rows)
+        return x
+
+
+class GPT2LMHeadModel(nn.Module):
+    """The functions that an artifact exports. All ids, positions and lengths are int32, all logits float32."""
+
+    def __init__(self, config: GPT2Config, options: ModelOptions) -> None:
+        super().__init__()
+        self.transformer = GPT2Model(config, options)
+        self.tied = config.tie_word_embeddings
+        if not self.tied:
+            self.lm_head = Matrix(config.n_embd, config.vocab_size, options.scheme, options.layout)
+        self.config, self.options = config, options
+        self.kernels = options.kernels
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[b, n, E] -> [b, n, V] float32; a tied head reads the token table itself."""
+        head = self.transformer.wte if self.tied else self.lm_head
+        return head.product(self.transformer.ln_f(x))
+
+    def prefill(self, ids: Tensor, positions: Tensor, lengths: Tensor, caches: list[Tensor]) -> Tensor:
+        """[b, n] right-padded prompts -> logits [b, 1, V] after each one's last valid row."""
+        x = self.transformer(ids, caches, Rows(positions, lengths))  # [b, n, E]
+        E = self.config.n_embd
+
+        def last_row(x: te.Tensor, lengths: te.Tensor) -> te.Tensor:
+            return te.compute(
+                (x.shape[0], 1, E),
+                lambda i, _, e: x[i, tirx.max(lengths[i] - 1, tirx.const(0, "int32")), e],
+                name="last_row",
+            )
+
+        return self.logits(op.tensor_expr_op(last_row, "last_row", [x, lengths]))
+
+    def decode(self, ids: Tensor, positions: Tensor, lengths: Tensor, caches: list[Tensor]) -> Tensor:
+        """[B, 1], one new token a sequence -> logits [B, 1, V]. Static shapes throughout."""
+        return self.logits(self.transformer(ids, caches, Rows(positions, lengths)))
+
+    def greedy(
+        self, token: Tensor, positions: Tensor, history: Tensor, lengths: Tensor, caches: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of a greedy loop that stays on the device: token [B, 1], positions [B] and history [B, S] move on in place."""
+        logits = self.decode(token, positions, lengths, caches)  # [B, 1, V]
+        flat = op.reshape(logits, [token.shape[0], self.config.vocab_size])
+        return self.kernels.greedy_advance(flat, token, positions, history)
+
+    def verify(
+        self, ids: Tensor, positions: Tensor, lengths: Tensor, tree: Tensor, depths: Tensor, caches: list[Tensor]
+    ) -> Tensor:
+        """[B, m] candidate tokens, a chain or a tree (`Rows`) -> logits [B, m, V] after each."""
+        return self.logits(self.transformer(ids, caches, Rows(positions, lengths, tree, depths)))
+
+    def score(self, ids: Tensor, targets: Tensor, positions: Tensor, lengths: Tensor, caches: list[Tensor]) -> Tensor:
+        """[b, n] ids and the ids that follow them -> log-probabilities [b, n] float32; the logits stay on the device."""
+        logits = self.logits(self.transformer(ids, caches, Rows(positions, lengths)))  # [b, n, V]
+        return self.kernels.log_prob(logits, targets)
+
+    def keep(self, positions: Tensor, path: Tensor, lengths: Tensor, caches: list[Tensor]) -> list[Tensor]:
+        """After a tree: slots positions[b] + path[b, :lengths[b]] become slots positions[b].. of every layer's cache, in place."""
+        specs = [block.attn.spec for block in self.transformer.h]
+        return [self.kernels.keep(s, c, positions, path, lengths) for s, c in zip(specs, caches, strict=True)]
+
+    def softmax_with_temperature(self, logits: Tensor, temperature: Tensor) -> Tensor:
+        """[b, 1, V] float32 and [b] float32 -> probabilities [b, 1, V]; temperature must be positive."""
+        return op.softmax(op.divide(logits, op.reshape(temperature, [temperature.shape[0], 1, 1])), axis=-1)
+
+    def export_spec(self, batch_sizes: tuple[int, ...], verify_widths: tuple[int, ...]) -> nn.spec.ModuleSpec:
+        """The exported functions: symbolic b and n where the shape is the caller's, one static variant a batch size elsewhere."""
+        i32, S, V = "int32", self.options.capacity, self.config.vocab_size
+        tensor = nn.spec.Tensor
+
+        def caches(b: Any) -> list[nn.spec.Tensor]:
+            D, H = self.config.head_dim, self.config.n_head
+            return [tensor([2, b, H, S, D], self.options.scheme.compute_dtype) for _ in range(self.config.n_layer)]
+
+        def method(name: str, **inputs: Any) -> nn.spec.MethodSpec:
+            mode = "none" if name in ("keep", "softmax_with_temperature") else "packed"
+            spec = {**inputs, "$": {"param_mode": mode, "effect_mode": "none"}}
+            return nn.spec.MethodSpec.from_raw(spec, getattr(self, name))
+
+        at = {"positions": tensor(["b"], i32), "lengths": tensor(["b"], i32), "caches": caches("b")}
+        ids = tensor(["b", "n"], i32)
+        methods = {
+            "prefill": method("prefill", ids=ids, **at),
+            "score": method("score", ids=ids, targets=ids, **at),
+            "softmax_with_temperature": method(
+                "softmax_with_temperature", logits=tensor(["b", 1, V], "float32"), temperature=tensor(["b"], "float32")
+            ),
+        }
+        for B in batch_sizes:
+            at = {"positions": tensor([B], i32), "lengths": tensor([B], i32), "caches": caches(B)}
+            token = tensor([B, 1], i32)
+            methods[f"decode_b{B}"] = method("decode", ids=token, **at)
+            methods[f"greedy_b{B}"] = method("greedy", token=token, history=tensor([B, S], i32), **at)
+            for m in verify_widths:
+                rows = tensor([B, m], i32)
+                methods[f"verify_b{B}_m{m}"] = method("verify", ids=rows, tree=rows, depths=rows, **at)
+                methods[f"keep_b{B}_m{m}"] = method("keep", path=rows, **at)
+        return nn.spec.ModuleSpec(self, list(methods), list(methods.values()))

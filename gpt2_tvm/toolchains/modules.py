@@ -1,0 +1,25 @@
+"""Looking into what `tvm.compile` returned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def tree(executable: Any) -> Iterator[Any]:
+    """Every runtime module of an executable (or of a module): itself, then what it imports, depth first, each once."""
+    seen: set[int] = set()
+    stack = [getattr(executable, "mod", executable)]
+    while stack:
+        module = stack.pop()
+        handle = module.__chandle__() if hasattr(module, "__chandle__") else id(module)
+        if handle in seen:
+            continue
+        seen.add(handle)
+        yield module
+        stack.extend(reversed(list(module.imports)))
+
+
+def sources(executable: Any, kind: str) -> str:
+    """The source text that all modules of `kind` ("cuda", "metal", "webgpu", ...) in `executable` hold, "" if there is none."""
+    return "\n".join(module.inspect_source() for module in tree(executable) if module.kind == kind)

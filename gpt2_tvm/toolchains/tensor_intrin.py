@@ -1,0 +1,54 @@
+"""Importing TVM's tensor intrinsics (tensor cores, simdgroup matrices) in 2 s instead of 20 s.
+
+DLight's matmul rules import them when they first meet a float16 matmul. Each of the about 500 intrinsics is a TVMScript
+function, and TVMScript calls `inspect.stack()` once a function, which for every frame of the stack searches all loaded
+modules for its source: 0.04 to 0.12 s a call, the more the more modules (torch, say) are loaded. Of the answer only the frames
+and one line of source are used, so a stack that reads its lines straight from the file gives the same result.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import linecache
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# The kinds whose DLight rules tensorize. (rocm's matmul uses no matrix instructions, webgpu has none.)
+KINDS = ("cuda", "metal")
+_patching = threading.RLock()
+
+
+def load(kind: str) -> None:
+    """Register the tensor intrinsics that scheduling for `kind` will ask for; nothing for kinds that need none."""
+    if kind in KINDS:
+        with light_stack():
+            importlib.import_module(f"tvm.s_tir.tensor_intrin.{kind}")
+
+
+@contextmanager
+def light_stack() -> Iterator[None]:
+    """Inside this context `inspect.stack()` takes microseconds: worth it around any import of many TVMScript functions."""
+    with _patching:
+        original = inspect.stack
+        inspect.stack = _stack
+        try:
+            yield
+        finally:
+            inspect.stack = original
+
+
+def _stack(context: int = 1) -> list[inspect.FrameInfo]:
+    """`inspect.stack`, with at most one line of source a frame."""
+    frames: list[inspect.FrameInfo] = []
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        line = linecache.getline(code.co_filename, frame.f_lineno, frame.f_globals) if context else ""
+        lines, index = ([line], 0) if line else (None, None)
+        frames.append(inspect.FrameInfo(frame, code.co_filename, frame.f_lineno, code.co_name, lines, index))
+        frame = frame.f_back
+    return frames

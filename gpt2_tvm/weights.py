@@ -1,0 +1,325 @@
+"""Weights, one tensor at a time: from a Hugging Face checkpoint (or a seed) to our parameters, and back to a
+checkpoint.
+
+Hugging Face stores GPT-2's linear layers as Conv1D, [in, out]; ours are [out, in], as `nn.Linear` and every
+matrix-vector kernel want them. Nothing here holds more than one tensor and its converted copy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from gpt2_tvm.checkpoint import ModelSource, read_index, weight_files
+from gpt2_tvm.config import GPT2Config
+from gpt2_tvm.errors import UserError
+
+PREFIX = "transformer."
+HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+FLOAT16_MAX = 65504.0
+
+_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_CONV1D = (".attn.c_attn.weight", ".attn.c_proj.weight", ".mlp.c_fc.weight", ".mlp.c_proj.weight")
+# Causal masks that older transformers saved with the weights; they hold nothing learnt.
+_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
+_NAMED_AT_MOST = 8  # faults in one message
+
+
+def expected_tensors(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the model: its name (ours) to its shape (ours), in the order of the model.
+
+    With V, P, E and I for vocab_size, n_positions, n_embd and n_inner, the linear layers are `attn.c_attn`
+    [3E, E], `attn.c_proj` [E, E], `mlp.c_fc` [I, E] and `mlp.c_proj` [E, I]. `lm_head.weight` [V, E] exists
+    only when untied.
+    """
+    e, inner = config.n_embd, config.n_inner
+    shapes: dict[str, tuple[int, ...]] = {
+        EMBEDDING: (config.vocab_size, e),
+        "transformer.wpe.weight": (config.n_positions, e),
+    }
+
+    def norm(name: str) -> None:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (e,)
+
+    def linear(name: str, out: int, into: int) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (out, into), (out,)
+
+    for i in range(config.n_layer):
+        block = f"transformer.h.{i}"
+        norm(f"{block}.ln_1")
+        linear(f"{block}.attn.c_attn", 3 * e, e)
+        linear(f"{block}.attn.c_proj", e, e)
+        norm(f"{block}.ln_2")
+        linear(f"{block}.mlp.c_fc", inner, e)
+        linear(f"{block}.mlp.c_proj", e, inner)
+    norm("transformer.ln_f")
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (config.vocab_size, e)
+    return shapes
+
+
+def iter_weights(source: ModelSource, dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield every parameter as (name, array), in the order of `expected_tensors` and of its shapes,
+    C-contiguous.
+
+    Args:
+        source: a checkpoint folder (float32, float16 or bfloat16 safetensors, whole or sharded, names with or
+            without `transformer.`), or random weights.
+        dtype: "float32", "float16" or "bfloat16" to convert to; None keeps what is stored (random: float32).
+
+    Random weights depend on the seed and the tensor's name alone, not on the order or on the other shapes.
+
+    Raises UserError, before the first tensor, for files that are missing or damaged and for tensors that are
+    missing, unexpected, misshapen or of another dtype, each by name; and, when its turn comes, for a tensor
+    that holds NaN or infinity or does not fit into float16.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if source.random:
+        for name, shape in expected_tensors(source.config).items():
+            yield name, _convert(name, random_tensor(source.config, name, shape, source.seed), dtype)
+        return
+    if source.folder is None:
+        raise ValueError(f"model source {source.name!r} has neither a folder nor random weights")
+    stored = _match(source.folder, source.config)
+    for name in expected_tensors(source.config):
+        array = _read(stored[name])
+        _check_finite(name, array, stored[name].file)
+        yield name, _convert(name, array.T if name.endswith(_CONV1D) else array, dtype)
+
+
+def random_tensor(config: GPT2Config, name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """One float32 parameter with GPT-2's initial spread: normal, deviation 0.02 (positions 0.01, projections
+    into the residual stream 0.02 / sqrt(2 n_layer)).
+
+    Biases and LayerNorms, which training starts at 0 and 1, get the same 0.02 around these: a test with
+    random weights would not notice a bias or a scale that was dropped otherwise.
+    """
+    generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
+    array = generator.standard_normal(shape, dtype=np.float32)
+    if name.endswith(".c_proj.weight"):
+        array *= np.float32(0.02 / (2 * config.n_layer) ** 0.5)
+    else:
+        array *= np.float32(0.01 if name.endswith("wpe.weight") else 0.02)
+    if re.search(r"\.ln_\w+\.weight$", name):
+        array += np.float32(1)
+    return array
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where one tensor lies, as its file's header says."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name
+
+
+def _match(folder: Path, config: GPT2Config) -> dict[str, _Stored]:
+    """Our names to what the checkpoint holds for them; all that does not fit is named in one error."""
+    stored, faults = _scan(folder)
+    expected = expected_tensors(config)
+    if config.tie_word_embeddings and HEAD in stored:
+        head = stored.pop(HEAD)
+        if EMBEDDING not in stored:  # tied either way round
+            stored[EMBEDDING] = head
+        elif not _equal(stored[EMBEDDING], head):
+            # transformers 5 then runs with two different matrices, whatever the config says; older ones drop
+            # one.
+            raise UserError(
+                f"{folder}: config.json ties lm_head.weight to wte.weight, but the checkpoint holds two"
+                " different ones;"
+                ' set "tie_word_embeddings": false in config.json if both are meant'
+            )
+    for name, shape in expected.items():
+        if name not in stored:
+            faults.append(f"missing {name}")
+            continue
+        found = stored[name]
+        want = shape[::-1] if name.endswith(_CONV1D) else shape
+        if found.shape != want:
+            faults.append(f"{found.key} has shape {list(found.shape)} instead of {list(want)}")
+        if found.dtype not in _SAFETENSORS_DTYPES:
+            faults.append(f"{found.key} is {found.dtype}, not one of {', '.join(_SAFETENSORS_DTYPES)}")
+    faults += [f"unexpected {found.key}" for name, found in stored.items() if name not in expected]
+    if faults:
+        more = f" and {len(faults) - _NAMED_AT_MOST} more" if len(faults) > _NAMED_AT_MOST else ""
+        raise UserError(
+            f"the weights in {folder} do not fit its config.json: {'; '.join(faults[:_NAMED_AT_MOST])}{more}"
+            " (is the checkpoint complete, and a GPT2LMHeadModel?)"
+        )
+    return stored
+
+
+def _scan(folder: Path) -> tuple[dict[str, _Stored], list[str]]:
+    """What all headers hold, under our names and without buffers; and the faults of the files themselves."""
+    stored: dict[str, _Stored] = {}
+    faults: list[str] = []
+    files = weight_files(folder)
+    for file in files:
+        with _open(file) as checkpoint:
+            for key in checkpoint.keys():  # noqa: SIM118 - safe_open is not a dict
+                bare = key.removeprefix(PREFIX)
+                if _BUFFER.fullmatch(bare):
+                    continue
+                name = HEAD if bare == HEAD else PREFIX + bare
+                part = checkpoint.get_slice(key)
+                if name in stored:
+                    faults.append(f"{key} occurs twice")
+                stored[name] = _Stored(file, key, tuple(part.get_shape()), part.get_dtype())
+    if files[0].name != "model.safetensors":
+        held = {(found.key, found.file.name) for found in stored.values()}
+        for key, file_name in read_index(folder / "model.safetensors.index.json").items():
+            if (key, file_name) not in held and not _BUFFER.fullmatch(key.removeprefix(PREFIX)):
+                faults.append(f"{key} is not in {file_name}, where the index puts it")
+    return stored, faults
+
+
+class _open:
+    """`safetensors.safe_open` whose errors are a user's."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __enter__(self):  # type: ignore[no-untyped-def]  # safe_open is untyped
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self.handle = safe_open(str(self.file), framework="np")
+        except FileNotFoundError:
+            raise UserError(f"{self.file} is missing; fetch the checkpoint again") from None
+        except SafetensorError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self.file} is truncated or damaged ({reason}); fetch it again") from None
+        return self.handle.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.handle.__exit__(*error)
+
+
+def _read(stored: _Stored) -> np.ndarray:
+    # Opened anew for each tensor: closing unmaps the file, so that pages already read do not add up in this
+    # process.
+    with _open(stored.file) as checkpoint:
+        return checkpoint.get_tensor(stored.key)
+
+
+def _equal(a: _Stored, b: _Stored) -> bool:
+    """Whether two stored matrices hold the same, read a few rows at a time."""
+    if a.shape != b.shape or a.dtype != b.dtype or len(a.shape) != 2:
+        return False
+    rows = max(1, (4 << 20) // max(1, a.shape[1]))
+    with _open(a.file) as file_a, _open(b.file) as file_b:
+        slice_a, slice_b = file_a.get_slice(a.key), file_b.get_slice(b.key)
+        return all(
+            np.array_equal(slice_a[i : i + rows], slice_b[i : i + rows], equal_nan=True)
+            for i in range(0, a.shape[0], rows)
+        )
+
+
+def _bounds(array: np.ndarray) -> tuple[float, float]:
+    """Smallest and largest value, NaN if there is one; without np.isfinite's array of booleans."""
+    with np.errstate(invalid="ignore"):
+        return float(array.min()), float(array.max())
+
+
+def _check_finite(name: str, array: np.ndarray, file: Path) -> None:
+    if not np.isfinite(_bounds(array)).all():
+        raise UserError(
+            f"{name} in {file} holds NaN or infinity; the checkpoint is damaged or its training diverged"
+        )
+
+
+def _convert(name: str, array: np.ndarray, dtype: str | None) -> np.ndarray:
+    target = array.dtype if dtype is None else DTYPES[dtype]
+    if target == np.float16 and array.dtype != np.float16:
+        low, high = _bounds(array)
+        if max(-low, high) > FLOAT16_MAX:
+            raise UserError(
+                f"{name} holds {max(-low, high):g}, more than float16's {FLOAT16_MAX:g};"
+                " choose a scheme with float32 weights (--quantization q0f32)"
+            )
+    return np.ascontiguousarray(array.astype(target, order="C", copy=False))
+
+
+def write_hf_checkpoint(
+    folder: str | Path,
+    config: GPT2Config,
+    weights: ModelSource | Iterable[tuple[str, np.ndarray]],
+    dtype: str = "float32",
+) -> Path:
+    """Write `config.json` and `model.safetensors` (Conv1D layout) that transformers loads as a
+    GPT2LMHeadModel.
+
+    Args:
+        folder: made if need be; a checkpoint in it is replaced once the new one is complete.
+        config: the shape; `weights` must fit it.
+        weights: a source, or every parameter once, in our names and shapes and in any order. Each is written
+            as it comes, so a generator keeps the peak at one tensor.
+        dtype: what is stored, "float32", "float16" or "bfloat16".
+
+    Returns the folder. Raises ValueError for weights that do not fit; UserError as `iter_weights` does.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    header, offsets = _header(config, dtype)
+    expected = expected_tensors(config)
+    missing = set(expected)
+    part = folder / "model.safetensors.part"
+    try:
+        with part.open("wb") as file:
+            file.write(header)
+            for name, array in iter_weights(weights, dtype) if isinstance(weights, ModelSource) else weights:
+                if name not in missing or array.shape != expected[name]:
+                    raise ValueError(
+                        f"{name} of shape {array.shape} does not fit the configuration, or came twice"
+                    )
+                missing.remove(name)
+                file.seek(len(header) + offsets[name])
+                stored = _convert(name, array.T if name.endswith(_CONV1D) else array, dtype)
+                file.write(stored.reshape(-1).view(np.uint8).data)
+            file.flush()
+            os.fsync(file.fileno())
+        if missing:
+            raise ValueError(f"weights are missing: {', '.join(sorted(missing))}")
+        values = {**json.loads(config.to_json()), "dtype": dtype}
+        (folder / "config.json").write_text(
+            json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
+        part.replace(folder / "model.safetensors")
+    finally:
+        part.unlink(missing_ok=True)
+    return folder
+
+
+def _header(config: GPT2Config, dtype: str) -> tuple[bytes, dict[str, int]]:
+    """The head of a safetensors file, and where after it each tensor starts. Shapes alone decide both, so
+    that the tensors can follow one by one (the library's own writer wants all of them at once)."""
+    code = {name: code for code, name in _SAFETENSORS_DTYPES.items()}[dtype]
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for this key
+    offsets: dict[str, int] = {}
+    end = 0
+    for name, shape in expected_tensors(config).items():
+        offsets[name], end = end, end + prod(shape) * DTYPES[dtype].itemsize
+        stored_shape = shape[::-1] if name.endswith(_CONV1D) else shape
+        entries[name] = {"dtype": code, "shape": stored_shape, "data_offsets": [offsets[name], end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
+    return len(text).to_bytes(8, "little") + text, offsets

@@ -42,7 +42,9 @@ class AttentionKernels(Protocol):
         """[b, n, 3*H*D] and the cache -> [b, n, H*D]."""
         ...
 
-    def keep(self, spec: AttentionSpec, cache: Tensor, positions: Tensor, path: Tensor, lengths: Tensor) -> Tensor:
+    def keep(
+        self, spec: AttentionSpec, cache: Tensor, positions: Tensor, path: Tensor, lengths: Tensor
+    ) -> Tensor:
         """Move the slots of one branch of a tree to the front, in place."""
         ...
 
@@ -67,7 +69,9 @@ class CpuKernels:
         from gpt2_tvm.kernels.cpu_cache import kv_append
 
         func = kv_append(spec)
-        return op.tensor_ir_inplace_op(func, "kv_append", [qkv, rows.positions, rows.lengths, cache], 3, cache)
+        return op.tensor_ir_inplace_op(
+            func, "kv_append", [qkv, rows.positions, rows.lengths, cache], 3, cache
+        )
 
     def attend(self, spec: AttentionSpec, qkv: Tensor, cache: Tensor, rows: Rows) -> Tensor:
         from gpt2_tvm.kernels.cpu_attention import attention
@@ -79,7 +83,9 @@ class CpuKernels:
         out = Tensor.placeholder([*qkv.shape[:2], spec.n_head * spec.head_dim], spec.dtype)
         return op.tensor_ir_op(func, name, [qkv, rows.positions, rows.lengths, cache, *extra], out)
 
-    def keep(self, spec: AttentionSpec, cache: Tensor, positions: Tensor, path: Tensor, lengths: Tensor) -> Tensor:
+    def keep(
+        self, spec: AttentionSpec, cache: Tensor, positions: Tensor, path: Tensor, lengths: Tensor
+    ) -> Tensor:
         from gpt2_tvm.kernels.cpu_cache import keep_branch
 
         func = keep_branch(spec, int(path.shape[0]), int(path.shape[1]))
@@ -92,7 +98,11 @@ class CpuKernels:
 
         func = greedy_advance(int(logits.shape[0]), int(logits.shape[1]), int(history.shape[1]))
         return op.tensor_ir_inplace_op(
-            func, "greedy_advance", [logits, token, positions, history], [1, 2, 3], [token, positions, history]
+            func,
+            "greedy_advance",
+            [logits, token, positions, history],
+            [1, 2, 3],
+            [token, positions, history],
         )
 
     def log_prob(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -125,7 +135,9 @@ class MaterializedAttention:
                 return te.compute((b, H, n, D), lambda i, h, t, d: x[i, t, h * D + d], name=name)
             return te.compute((b, H, S, D), lambda i, h, s, d: x[part - 1, i, h, s, d], name=name)
 
-        def masked(scores: te.Tensor, positions: te.Tensor, lengths: te.Tensor, *tree: te.Tensor) -> te.Tensor:
+        def masked(
+            scores: te.Tensor, positions: te.Tensor, lengths: te.Tensor, *tree: te.Tensor
+        ) -> te.Tensor:
             def value(i: tirx.Var, h: tirx.Var, t: tirx.Var, s: tirx.Var) -> tirx.Expr:
                 pos = positions[i].astype("int64")
                 if tree:
@@ -134,7 +146,9 @@ class MaterializedAttention:
                     sees = tirx.any(s < pos, tirx.all(s < pos + lengths[i].astype("int64"), bit == 1))
                 else:
                     sees = s <= pos + t
-                return tirx.Select(sees, scores[i, h, t, s] * tirx.const(spec.scale, "float32"), tirx.const(-1e30, "float32"))
+                return tirx.Select(
+                    sees, scores[i, h, t, s] * tirx.const(spec.scale, "float32"), tirx.const(-1e30, "float32")
+                )
 
             return te.compute((b, H, n, S), value, name="masked_scores")
 
@@ -156,4 +170,3 @@ class MaterializedAttention:
         weights = op.softmax(scores, axis=-1).astype(spec.dtype)
         y = op.matmul(weights, v, out_dtype="float32").astype(spec.dtype)  # [b, H, n, D]
         return op.tensor_expr_op(merged, "merge_heads", [y, rows.lengths])
-

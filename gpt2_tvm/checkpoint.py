@@ -89,7 +89,7 @@ def resolve_model(model: str, seed: int = 0) -> ModelSource:
 
     A hub model is downloaded into huggingface_hub's own cache (a copy there serves without a network as
     well); HF_HUB_OFFLINE, HF_ENDPOINT, HF_HOME and proxies are honoured. A hub out of reach is noticed within
-    10 seconds. Only configuration and tokenizer are looked at here; `weights.iter_weights` reads the weights.
+    10 seconds. Of the files only the configuration is read here; `weights.iter_weights` reads the weights.
 
     Raises UserError for a folder that is not a checkpoint, a pickled one, an unsupported configuration, a
     name that the hub does not know, or a hub id when the hub is out of reach.
@@ -121,8 +121,7 @@ def resolve_model(model: str, seed: int = 0) -> ModelSource:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: `model.safetensors`, or the shards that its index names, in
-    order.
+    """The safetensors files of a checkpoint: `model.safetensors`, or the shards that its index names.
 
     Raises UserError where there are none (and says how to convert a pickled checkpoint), or the index is
     damaged.
@@ -139,7 +138,8 @@ def weight_files(folder: Path) -> list[Path]:
             f" {_HOW_TO_CONVERT}"
         )
     raise UserError(
-        f"{folder} has neither model.safetensors nor model.safetensors.index.json; fetch the checkpoint again"
+        f"{folder} has neither model.safetensors nor model.safetensors.index.json; fetch the checkpoint"
+        " again, or convert it with transformers' save_pretrained if it is published as a pickle alone"
     )
 
 

@@ -70,7 +70,8 @@ class LayerNorm(nn.Module):
             return te.compute(
                 (b, n, E),
                 lambda i, t, e: (
-                    (x[i, t, e].astype(f32) - mean[i, t]) * rstd[i, t] * weight[e].astype(f32) + bias[e].astype(f32)
+                    (x[i, t, e].astype(f32) - mean[i, t]) * rstd[i, t] * weight[e].astype(f32)
+                    + bias[e].astype(f32)
                 ).astype(self.dtype),
                 name="normalised",
             )
@@ -86,7 +87,11 @@ class GPT2Attention(nn.Module):
         self.c_proj = Linear(E, E, options.scheme, options.layout)
         self.kernels = options.kernels
         self.spec = AttentionSpec(
-            config.n_head, config.head_dim, options.capacity, options.scheme.compute_dtype, config.attention_scale(layer)
+            config.n_head,
+            config.head_dim,
+            options.capacity,
+            options.scheme.compute_dtype,
+            config.attention_scale(layer),
         )
 
     def forward(self, x: Tensor, residual: Tensor, cache: Tensor, rows: Rows) -> Tensor:
@@ -136,7 +141,9 @@ class GPT2Model(nn.Module):
         """[b, n] int32 -> [b, n, E]: the token's row plus its position's (positions[b] + t, or + its depth in a tree)."""
         element = self.wte.layout.element
 
-        def embed(ids: te.Tensor, wte: te.Tensor, wpe: te.Tensor, positions: te.Tensor, *depths: te.Tensor) -> te.Tensor:
+        def embed(
+            ids: te.Tensor, wte: te.Tensor, wpe: te.Tensor, positions: te.Tensor, *depths: te.Tensor
+        ) -> te.Tensor:
             def value(i: tirx.Var, t: tirx.Var, e: tirx.Var) -> tirx.Expr:
                 offset = depths[0][i, t] if depths else t.astype("int32")
                 # padding rows may lie past the context; they must still read inside the table
@@ -146,7 +153,9 @@ class GPT2Model(nn.Module):
             return te.compute((*ids.shape, self.n_embd), value, name="embedding")
 
         depths = [rows.depths] if rows.depths is not None else []
-        return op.tensor_expr_op(embed, "embed", [ids, self.wte.weight, self.wpe.weight, rows.positions, *depths])
+        return op.tensor_expr_op(
+            embed, "embed", [ids, self.wte.weight, self.wpe.weight, rows.positions, *depths]
+        )
 
     def forward(self, ids: Tensor, caches: list[Tensor], rows: Rows) -> Tensor:
         """[b, n] int32 -> hidden states [b, n, E], before the last LayerNorm."""
@@ -200,12 +209,20 @@ class GPT2LMHeadModel(nn.Module):
         return self.kernels.greedy_advance(flat, token, positions, history)
 
     def verify(
-        self, ids: Tensor, positions: Tensor, lengths: Tensor, tree: Tensor, depths: Tensor, caches: list[Tensor]
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        tree: Tensor,
+        depths: Tensor,
+        caches: list[Tensor],
     ) -> Tensor:
         """[B, m] candidate tokens, a chain or a tree (`Rows`) -> logits [B, m, V] after each."""
         return self.logits(self.transformer(ids, caches, Rows(positions, lengths, tree, depths)))
 
-    def score(self, ids: Tensor, targets: Tensor, positions: Tensor, lengths: Tensor, caches: list[Tensor]) -> Tensor:
+    def score(
+        self, ids: Tensor, targets: Tensor, positions: Tensor, lengths: Tensor, caches: list[Tensor]
+    ) -> Tensor:
         """[b, n] ids and the ids that follow them -> log-probabilities [b, n] float32; the logits stay on the device."""
         logits = self.logits(self.transformer(ids, caches, Rows(positions, lengths)))  # [b, n, V]
         return self.kernels.log_prob(logits, targets)
@@ -226,7 +243,9 @@ class GPT2LMHeadModel(nn.Module):
 
         def caches(b: Any) -> list[nn.spec.Tensor]:
             D, H = self.config.head_dim, self.config.n_head
-            return [tensor([2, b, H, S, D], self.options.scheme.compute_dtype) for _ in range(self.config.n_layer)]
+            return [
+                tensor([2, b, H, S, D], self.options.scheme.compute_dtype) for _ in range(self.config.n_layer)
+            ]
 
         def method(name: str, **inputs: Any) -> nn.spec.MethodSpec:
             mode = "none" if name in ("keep", "softmax_with_temperature") else "packed"
@@ -239,7 +258,9 @@ class GPT2LMHeadModel(nn.Module):
             "prefill": method("prefill", ids=ids, **at),
             "score": method("score", ids=ids, targets=ids, **at),
             "softmax_with_temperature": method(
-                "softmax_with_temperature", logits=tensor(["b", 1, V], "float32"), temperature=tensor(["b"], "float32")
+                "softmax_with_temperature",
+                logits=tensor(["b", 1, V], "float32"),
+                temperature=tensor(["b"], "float32"),
             ),
         }
         for B in batch_sizes:

@@ -135,7 +135,9 @@ def _from_vocab_and_merges(folder: Path) -> tokenizers.Tokenizer:
     try:
         backend = Backend(models.BPE.from_file(str(vocab), str(merges)))
     except Exception as error:  # as above; it does not say which of the two files is meant
-        raise _damaged(vocab if _read_json(vocab) is None else merges, error) from None
+        words = _read_json(vocab)
+        sound = isinstance(words, dict) and all(isinstance(i, int) and i >= 0 for i in words.values())
+        raise _damaged(merges if sound else vocab, error) from None
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     if backend.token_to_id(END_OF_TEXT) is not None:  # a new id would lie outside the model's vocabulary

@@ -12,9 +12,11 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -37,6 +39,7 @@ _CONV1D = (".attn.c_attn.weight", ".attn.c_proj.weight", ".mlp.c_fc.weight", ".m
 # Causal masks that older transformers saved with the weights; they hold nothing learnt.
 _BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
 _NAMED_AT_MOST = 8  # faults in one message
+_COMPARED_AT_ONCE = 4 << 20  # elements
 
 
 def expected_tensors(config: GPT2Config) -> dict[str, tuple[int, ...]]:
@@ -190,26 +193,20 @@ def _scan(folder: Path) -> tuple[dict[str, _Stored], list[str]]:
     return stored, faults
 
 
-class _open:
-    """`safetensors.safe_open` whose errors are a user's."""
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    """`safetensors.safe_open`, whose errors become a user's."""
+    from safetensors import SafetensorError, safe_open
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __enter__(self):  # type: ignore[no-untyped-def]  # safe_open is untyped
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            self.handle = safe_open(str(self.file), framework="np")
-        except FileNotFoundError:
-            raise UserError(f"{self.file} is missing; fetch the checkpoint again") from None
-        except SafetensorError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{self.file} is truncated or damaged ({reason}); fetch it again") from None
-        return self.handle.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self.handle.__exit__(*error)
+    try:
+        handle = safe_open(str(file), framework="np")
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; fetch the checkpoint again") from None
+    except SafetensorError as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise UserError(f"{file} is truncated or damaged ({reason}); fetch it again") from None
+    with handle as checkpoint:
+        yield checkpoint
 
 
 def _read(stored: _Stored) -> np.ndarray:
@@ -223,12 +220,12 @@ def _equal(a: _Stored, b: _Stored) -> bool:
     """Whether two stored matrices hold the same, read a few rows at a time."""
     if a.shape != b.shape or a.dtype != b.dtype or len(a.shape) != 2:
         return False
-    rows = max(1, (4 << 20) // max(1, a.shape[1]))
+    end, rows = a.shape[0], max(1, _COMPARED_AT_ONCE // max(1, a.shape[1]))
     with _open(a.file) as file_a, _open(b.file) as file_b:
         slice_a, slice_b = file_a.get_slice(a.key), file_b.get_slice(b.key)
         return all(
-            np.array_equal(slice_a[i : i + rows], slice_b[i : i + rows], equal_nan=True)
-            for i in range(0, a.shape[0], rows)
+            np.array_equal(slice_a[i : min(i + rows, end)], slice_b[i : min(i + rows, end)])
+            for i in range(0, end, rows)
         )
 
 

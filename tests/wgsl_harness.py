@@ -9,7 +9,8 @@ host code that TVM makes for the very same kernel, so a wrong launch shows up he
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -64,44 +65,89 @@ def source(func: tirx.PrimFunc, target: tvm.target.Target) -> str:
         return str(built.inspect_source("asm") if target.kind.name == "rocm" else built.inspect_source())
 
 
-def children(node: Any) -> list[Any]:
+def _children(node: Any) -> list[Any]:
     """What a TIR node holds: TVM 0.27 offers Python no visitor."""
-    names = ("body", "seq", "then_case", "else_case", "value", "args", "a", "b", "condition", "true_value")
+    names = ("body", "seq", "then_case", "else_case", "value", "args", "a", "b", "condition")
     found: list[Any] = []
-    for name in (*names, "false_value"):
+    for name in names:
         child = getattr(node, name, None)
-        if child is None or isinstance(child, int | float | str | bool):
-            continue
-        found += list(child) if hasattr(child, "__len__") and not isinstance(child, tirx.Expr) else [child]
+        if isinstance(child, tvm.runtime.Object):
+            found += list(child) if name in ("seq", "args") else [child]
     return found
 
 
-def walk(node: Any) -> list[Any]:
+def _walk(node: Any) -> Iterator[Any]:
     """`node` and all below it, parents first."""
-    found, stack = [], [node]
+    stack = [node]
     while stack:
         node = stack.pop()
-        found.append(node)
-        stack += reversed(children(node))
-    return found
+        yield node
+        stack += reversed(_children(node))
 
 
-def evaluate(expr: Any, sizes: dict[str, int]) -> int:
+def _evaluate(expr: Any, sizes: dict[str, int]) -> int:
     """An integer expression over shape variables, by name."""
     analyzer = tvm.sym.Analyzer()
-    for node in walk(expr):
+    for node in _walk(expr):
         if isinstance(node, tirx.Var):
-            analyzer.bind(node, tirx.IntImm(str(node.ty.dtype), sizes[node.name]), allow_override=True)
+            analyzer.bind(node, tirx.IntImm("int64", sizes[str(node.name)]), allow_override=True)
     return int(analyzer.simplify(expr).value)
 
 
-def launch_grid(host: tvm.IRModule, sizes: dict[str, int]) -> tuple[int, int, int]:
-    """Blocks along x, y, z that the host code asks for."""
-    calls = [
-        node
-        for _, entry in host.functions.items()
-        for node in walk(entry.body)
-        if isinstance(node, tvm.ir.Call) and str(getattr(node.op, "name", "")).endswith("call_ffi_kernel")
-    ]
-    assert len(calls) == 1, f"one kernel, one launch, not {len(calls)}"
-    return calls[0]
+@dataclass(frozen=True)
+class _Lowered:
+    """A PrimFunc ready to run: its shader, and how the host code calls it."""
+
+    shader: Shader
+    arguments: tuple[str, ...]  # names of the buffers, in the kernel's order
+    scalars: tuple[Any, ...]  # expressions over shape variables
+    grid: dict[str, Any]  # "blockIdx.x" -> an expression over shape variables
+
+
+_lowered: dict[tirx.PrimFunc, _Lowered] = {}  # by identity: every PrimFunc is lowered once
+
+
+def _lower_to_wgsl(func: tirx.PrimFunc) -> _Lowered:
+    if func not in _lowered:
+        host, kernels, target = lower(func, tvm.target.Target("webgpu"))
+        built = tvm.get_global_func("target.build.webgpu")(kernels, target)
+        (shader,) = parse_wgsl(built.inspect_source()).values()
+        (call,) = (
+            node
+            for _, entry in host.functions.items()
+            for node in _walk(entry.body)
+            if isinstance(node, tvm.ir.Call) and str(getattr(node.op, "name", "")).endswith("call_ffi_kernel")
+        )
+        buffers, scalars = len(shader.bindings), len(shader.scalars)
+        extents = call.args[1 + buffers + scalars :]
+        _lowered[func] = _Lowered(
+            shader=shader,
+            arguments=tuple(name.removesuffix("_ptr") for name, _, _ in shader.bindings),
+            scalars=tuple(call.args[1 + buffers : 1 + buffers + scalars]),
+            grid=dict(zip(map(str, call.attrs.launch_params), extents, strict=False)),
+        )
+    return _lowered[func]
+
+
+def run(func: tirx.PrimFunc, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Call `func` with `arrays` (one a parameter, outputs too); returns what they hold afterwards.
+
+    Checks dtypes and static sizes as TVM's own calling convention would. Skips the calling test where the machine
+    has no WebGPU device, or none with the float16 that the kernel needs.
+    """
+    sizes: dict[str, int] = {}
+    names = []
+    for parameter, array in zip(func.params, arrays, strict=True):
+        names.append(str(parameter.name))
+        assert str(parameter.dtype) == str(array.dtype), f"{parameter.name}: {array.dtype}"
+        for extent, size in zip(parameter.shape, array.shape, strict=True):
+            wanted = sizes.setdefault(extent.name, size) if isinstance(extent, tirx.Var) else int(extent)
+            assert wanted == size, f"{parameter.name} has shape {array.shape}"
+    lowered = _lower_to_wgsl(func)
+    gpu = device(f16=lowered.shader.needs_f16)
+    kernel = gpu.compile(lowered.shader)
+    held = {name: gpu.upload(array, name) for name, array in zip(names, arrays, strict=True)}
+    scalars = [_evaluate(scalar, sizes) for scalar in lowered.scalars]
+    grid = [_evaluate(lowered.grid.get(f"blockIdx.{axis}", tirx.IntImm("int32", 1)), sizes) for axis in "xyz"]
+    gpu.submit([gpu.launch(kernel, [held[name] for name in lowered.arguments], scalars, grid)])
+    return [gpu.read(held[name], array.shape, array.dtype) for name, array in zip(names, arrays, strict=True)]

@@ -7,6 +7,9 @@ whole row and writes are contiguous within a head. One block a token at least, m
 # mypy: disable-error-code="valid-type,misc"
 from __future__ import annotations
 
+from typing import Any
+
+from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -28,11 +31,12 @@ def kv_append(
     threads = min(THREADS, limits.threads_per_block)
     runs = 2 * width // lanes  # of one row: its keys, then its values
     blocks = -(-runs // threads)
+    b: Any = tirx.Var("b", "int64") if batch is None else batch
+    n: Any = tirx.Var("n", "int64") if rows is None else rows
 
     @T.prim_func(s_tir=True)
-    def kv_append(qkv_h: T.handle, positions_h: T.handle, lengths_h: T.handle, cache_h: T.handle):
+    def append(qkv_h: T.handle, positions_h: T.handle, lengths_h: T.handle, cache_h: T.handle):
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
-        b, n = T.int64(), T.int64()
         qkv = T.match_buffer(qkv_h, (b, n, 3 * width), dtype)
         positions = T.match_buffer(positions_h, (b,), "int32")
         lengths = T.match_buffer(lengths_h, (b,), "int32")
@@ -50,8 +54,5 @@ def kv_append(
                                 e // width, seq, e % width // head_dim, first + t, e % head_dim + v
                             ] = qkv[seq, t, width + e + v]
 
-    fixed = {}
-    for name, value in (("b", batch), ("n", rows)):
-        if value is not None:
-            fixed[name] = value
-    return bind_sizes(kv_append, fixed)
+    return append
+

@@ -73,7 +73,9 @@ class Linear(Matrix):
         y = op.add(self.product(x), self.bias.astype("float32"))
         if activation is not None:
             fast = self.layout.fast_math
-            y = op.tensor_expr_op(lambda y: _elementwise(y, lambda v: activate(activation, v, fast)), activation, [y])
+            y = op.tensor_expr_op(
+                lambda y: _elementwise(y, lambda v: activate(activation, v, fast)), activation, [y]
+            )
         if residual is not None:
             y = op.add(y, residual.astype("float32"))
         return y.astype(self.dtype)

@@ -266,7 +266,9 @@ class Device:
         limits = self.device.limits
         threads, most = math.prod(shader.block), int(limits["max-compute-invocations-per-workgroup"])
         if threads > most:
-            raise UserError(f"kernel {shader.name} has blocks of {threads} threads; {self.name} allows {most}")
+            raise UserError(
+                f"kernel {shader.name} has blocks of {threads} threads; {self.name} allows {most}"
+            )
         buffers, most = len(shader.bindings), int(limits["max-storage-buffers-per-shader-stage"])
         if buffers > most:
             raise UserError(f"kernel {shader.name} takes {buffers} buffers; {self.name} allows {most}")
@@ -314,7 +316,9 @@ class Device:
         From timestamps around a pass for each launch. Raises UserError where the device has none.
         """
         if not self.has_timestamps:
-            raise UserError(f"{self.name} has no timestamps (timestamp-query); time whole submissions instead")
+            raise UserError(
+                f"{self.name} has no timestamps (timestamp-query); time whole submissions instead"
+            )
         if not launches:
             return []
         usage = self._wgpu.BufferUsage

@@ -11,8 +11,8 @@ The flow, the same for every kind::
 
 Each file of this package offers the same four names, which the functions below dispatch to:
 ``missing(target)``, ``prepare(target)``, ``compiling(target)`` and ``export(executable, target, folder)``.
-Nothing here imports TVM before it is needed, so that the command lines can ask what this machine can do in milliseconds.
-TVM may be imported before or after `prepare`: both orders were tried and give real device code.
+Nothing here imports TVM before it is needed, so that the command lines can ask what this machine can do in
+milliseconds. TVM may be imported before or after `prepare`: both orders were tried and give real device code.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def of(kind: str) -> ModuleType:
 
 
 def missing(target: DeviceTarget) -> str | None:
-    """What this machine lacks to compile for `target`, as "what; how to get it", or None when all is there. Fast, without TVM."""
+    """What this machine lacks to compile for `target`, as "what; how to get it", or None when all is there.
+    Fast, without TVM.
+    """
     return of(target.kind).missing(target)
 
 
@@ -51,22 +53,25 @@ def prepare(target: DeviceTarget) -> None:
 
 
 def compiling(target: DeviceTarget) -> AbstractContextManager[Any]:
-    """Inside this context `tvm.compile` builds device code for `target`; it yields the `tvm.target.Target` to build with.
+    """Inside this context `tvm.compile` builds device code for `target`; it yields the `tvm.target.Target` to
+    build with.
 
-    What the context changes (callbacks registered with TVM, the current target) is put back at its end. Contexts of
-    several threads run one after another, because TVM's callbacks are global to the process.
+    What the context changes (callbacks registered with TVM, the current target) is put back at its end.
+    Contexts of several threads run one after another, because TVM's callbacks are global to the process.
     """
     return of(target.kind).compiling(target)
 
 
 def export(executable: Any, target: DeviceTarget, folder: Path) -> list[str]:
-    """Write `executable` (what `tvm.compile` returned) into `folder` and check that it carries the device's code.
+    """Write `executable` (what `tvm.compile` returned) into `folder` and check that it carries the device's
+    code.
 
     Returns:
         The names of the files written, the library to load first.
 
     Raises:
         UserError: nothing here can link for the target.
-        RuntimeError: the library holds no code for the device, which would only fail on the machine that receives it.
+        RuntimeError: the library holds no code for the device, which would only fail on the machine that
+            receives it.
     """
     return of(target.kind).export(executable, target, folder)

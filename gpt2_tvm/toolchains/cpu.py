@@ -1,4 +1,6 @@
-"""CPUs: a shared library of machine code, or where nothing here can link for the target, a tar of its objects."""
+"""CPUs: a shared library of machine code, or where nothing here can link for the target, a tar of its
+objects.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def platform(target: DeviceTarget) -> linker.Platform:
 
 
 def missing(target: DeviceTarget) -> str | None:
-    """See `gpt2_tvm.toolchains.missing`. A library for another platform needs nothing: its objects can be packed unlinked."""
+    """See `gpt2_tvm.toolchains.missing`. A library for another platform needs nothing: its objects can be
+    packed unlinked.
+    """
     if platform(target) == linker.this_platform() and linker.find_linker() is None:
         return f"a C++ compiler to link with: {linker.HOW_TO_GET_ONE}"
     return None
@@ -43,7 +47,8 @@ def compiling(target: DeviceTarget) -> Iterator[Any]:
 
 
 def export(executable: Any, target: DeviceTarget, folder: Path) -> list[str]:
-    """See `gpt2_tvm.toolchains.export`: `lib.so` (`lib.dylib` for macOS); `lib.tar` where nothing here links for the target.
+    """See `gpt2_tvm.toolchains.export`: `lib.so` (`lib.dylib` for macOS); `lib.tar` where nothing here links
+    for the target.
 
     `tvm.runtime.load_module` takes either; it links the tar where it loads it, with that machine's compiler.
     """

@@ -1,9 +1,10 @@
-"""CUDA: cubins made by NVRTC in this process, bundled into one fat binary where several architectures are asked for.
+"""CUDA: cubins made by NVRTC in this process, bundled into one fat binary where several architectures are
+asked for.
 
-TVM hands its CUDA source to the function registered as `tvm_callback_cuda_compile`. Ours compiles it once an architecture, all at
-the same time (NVRTC leaves Python's lock), and lets `fatbinary` put the images together, PTX for later architectures among
-them. Against nvcc with the same `-gencode` flags, on 2 cores and the kernels of four GPT-2 linear layers: 2.5 s and 4.0 s;
-and no host compiler is asked for.
+TVM hands its CUDA source to the function registered as `tvm_callback_cuda_compile`. Ours compiles it once an
+architecture, all at the same time (NVRTC leaves Python's lock), and lets `fatbinary` put the images together,
+PTX for later architectures among them. Against nvcc with the same `-gencode` flags, on 2 cores and the
+kernels of four GPT-2 linear layers: 2.5 s and 4.0 s; and no host compiler is asked for.
 """
 
 from __future__ import annotations
@@ -19,13 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2_tvm.errors import UserError
-from gpt2_tvm.toolchains import cuda_runtime, cuda_toolkit, images, linker, tensor_intrin
+from gpt2_tvm.toolchains import callbacks, cuda_runtime, cuda_toolkit, images, linker, tensor_intrin
 
 if TYPE_CHECKING:
     from targets import DeviceTarget
 
 CALLBACK = "tvm_callback_cuda_compile"
-_hook = threading.RLock()  # TVM's callbacks are global to the process
 _environment = threading.Lock()
 
 
@@ -49,26 +49,26 @@ def prepare(target: DeviceTarget) -> None:
         raise UserError(f"cannot compile for {target.name}: it needs {what}")
     if not cuda_runtime.load(allow_stub=True):
         raise UserError(
-            f"cannot compile for {target.name}: TVM's CUDA runtime does not load, it needs libcudart.so.{cuda_toolkit.MAJOR}: "
-            f"{cuda_toolkit.HOW_TO_GET_IT}"
+            f"cannot compile for {target.name}: TVM's CUDA runtime does not load, it needs "
+            f"libcudart.so.{cuda_toolkit.MAJOR}: {cuda_toolkit.HOW_TO_GET_IT}"
         )
     tensor_intrin.load("cuda")
 
 
 @contextmanager
 def compiling(target: DeviceTarget, archs: Sequence[str] | None = None, ptx: bool = True) -> Iterator[Any]:
-    """Build cubins for `archs` inside this context; yields the `tvm.target.Target` that schedules and builds go by.
+    """Build cubins for `archs` inside this context; yields the `tvm.target.Target` that schedules and builds
+    go by.
 
     Args:
         archs: architectures such as ("sm_80", "sm_90"), default `target.archs`.
-        ptx: also carry PTX of the last one, which drivers compile for GPUs that came later. Without `fatbinary` (one
-            architecture and NVRTC alone) there is nothing to put it into, and the library carries the cubin only.
+        ptx: also carry PTX of the last one, which drivers compile for GPUs that came later. Without
+            `fatbinary` (one architecture and NVRTC alone) there is nothing to put it into, and the library
+            carries the cubin only.
 
     Raises:
         UserError: a compiler part is missing.
     """
-    import tvm_ffi
-
     prepare(target)
     toolkit = cuda_toolkit.find()
     assert toolkit is not None  # prepare has seen it
@@ -79,20 +79,11 @@ def compiling(target: DeviceTarget, archs: Sequence[str] | None = None, ptx: boo
     def compile_source(code: str, *_: Any) -> bytes:
         jobs = [*((arch, "cubin") for arch in wanted), *([(wanted[-1], "ptx")] if bundle and ptx else [])]
         with _cuda_path(toolkit.root), ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
-            results = list(pool.map(lambda job: _nvrtc(code, *job, toolkit), jobs))
+            results = list(pool.map(lambda job: _nvrtc(code, job[0], job[1], toolkit), jobs))
         return _fatbin(toolkit, jobs, results) if bundle else results[0]
 
-    with _hook:
-        before = tvm_ffi.get_global_func(CALLBACK, allow_missing=True)
-        tvm_ffi.register_global_func(CALLBACK, compile_source, override=True)
-        try:
-            with device:
-                yield device
-        finally:
-            if before is not None:
-                tvm_ffi.register_global_func(CALLBACK, before, override=True)
-            else:
-                tvm_ffi.remove_global_func(CALLBACK)
+    with callbacks.replaced({CALLBACK: compile_source}), device:
+        yield device
 
 
 def export(executable: Any, target: DeviceTarget, folder: Path) -> list[str]:
@@ -112,7 +103,9 @@ def check(library: bytes) -> tuple[str, ...]:
     found = images.cuda_images(library)
     archs = tuple(dict.fromkeys(arch for image in found for arch in image.archs))
     if images.cuda_source_left(library):
-        raise RuntimeError("the library carries CUDA source, not compiled code: build inside `toolchains.compiling(target)`")
+        raise RuntimeError(
+            "the library carries CUDA source, not compiled code: build inside `toolchains.compiling(target)`"
+        )
     if not any(arch.startswith("sm_") for arch in archs):
         raise RuntimeError("the library carries no CUDA kernel: was it built for another target?")
     return archs
@@ -145,7 +138,9 @@ def _fatbin(toolkit: cuda_toolkit.Toolkit, jobs: Sequence[tuple[str, str]], made
 
 @contextmanager
 def _cuda_path(root: Path) -> Iterator[None]:
-    """TVM reads the toolkit's place from the environment at each call; it is as before when this context ends."""
+    """TVM reads the toolkit's place from the environment at each call; it is as before when this context
+    ends.
+    """
     with _environment:
         before = os.environ.get("CUDA_PATH")
         os.environ["CUDA_PATH"] = str(root)

@@ -1,8 +1,10 @@
-"""Loading TVM's CUDA runtime, with the NVIDIA driver or, to compile where there is none, with a stub in its place.
+"""Loading TVM's CUDA runtime, with the NVIDIA driver or, to compile where there is none, with a stub in its
+place.
 
-Why a stub: `libtvm_runtime_cuda.so` is linked with the driver's libcuda.so.1. Without it the library does not load, TVM says
-nothing, and an exported library then carries CUDA source for the receiver to compile. Compiling calls none of the driver's
-functions, so a library that has their names and answers each with CUDA_ERROR_NO_DEVICE is enough, and `tvm.cuda(0).exist` stays False.
+Why a stub: `libtvm_runtime_cuda.so` is linked with the driver's libcuda.so.1. Without it the library does not
+load, TVM says nothing, and an exported library then carries CUDA source for the receiver to compile.
+Compiling calls none of the driver's functions, so a library that has their names and answers each with
+CUDA_ERROR_NO_DEVICE is enough, and `tvm.cuda(0).exist` stays False.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from pathlib import Path
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.toolchains import cuda_toolkit, linker
 
-# Every function of the driver that the CUDA runtime of apache-tvm 0.27 is linked with (`nm -D --undefined-only`), and cuInit.
+# Every function of the driver that the CUDA runtime of apache-tvm 0.27 is linked with (`nm -D
+# --undefined-only`), and cuInit.
 DRIVER_FUNCTIONS = (
     "cuInit",
     "cuDeviceGetName",
@@ -37,20 +40,24 @@ _loading = threading.Lock()
 
 
 def load(*, allow_stub: bool = False) -> bool:
-    """Load TVM's CUDA runtime into this process, unless `import tvm` already did. May be called before or after `import tvm`.
+    """Load TVM's CUDA runtime into this process, unless `import tvm` already did. May be called before or
+    after `import tvm`.
 
     Args:
-        allow_stub: where there is no NVIDIA driver, load the stub in its place: enough to compile, never to run.
+        allow_stub: where there is no NVIDIA driver, load the stub in its place: enough to compile, never to
+            run.
 
     Returns:
-        Whether the runtime is loaded. False on a machine without a driver (and no stub allowed) or without libcudart 13.
+        Whether the runtime is loaded. False on a machine without a driver (and no stub allowed) or without
+        libcudart 13.
     """
     with _loading:
         import tvm_ffi
 
         if tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is not None:
             return True
-        # The loader takes a library that is already in the process for one of the same soname, wherever it came from.
+        # The loader takes a library that is already in the process for one of the same soname, wherever it
+        # came from.
         if not any(map(_loads, cuda_toolkit.cudart_candidates())):
             return False
         if not any(map(_loads, _DRIVER_NAMES)) and not (allow_stub and _loads(str(stub_driver()))):
@@ -63,7 +70,8 @@ def load(*, allow_stub: bool = False) -> bool:
 
 
 def stub_driver() -> Path:
-    """The stub of libcuda.so.1, built once a user with the system's compiler (or ziglang) and kept in the cache folder.
+    """The stub of libcuda.so.1, built once a user with the system's compiler (or ziglang) and kept in the
+    cache folder.
 
     Raises:
         UserError: there is no compiler.
@@ -78,7 +86,9 @@ def stub_driver() -> Path:
     command = linker.require_linker(here)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         source, built = Path(scratch, "stub.c"), Path(scratch, "libcuda.so.1")
-        source.write_text(f'#ifdef __cplusplus\nextern "C" {{\n#endif\n{body}#ifdef __cplusplus\n}}\n#endif\n')
+        source.write_text(
+            f'#ifdef __cplusplus\nextern "C" {{\n#endif\n{body}#ifdef __cplusplus\n}}\n#endif\n'
+        )
         linker.Linker((*command.command, "-Wl,-soname,libcuda.so.1"), here).link(built, [source])
         built.replace(library)  # two processes may build at once; each puts a whole file in place
     return library
@@ -108,17 +118,18 @@ def cache_folder() -> Path:
     return folder
 
 
-def driver_present() -> bool:
-    """Whether the NVIDIA driver's library (not our stub) can be loaded here. On other systems than Linux: False."""
+def driver() -> ctypes.CDLL | None:
+    """The NVIDIA driver's library (never our stub), or None where there is none."""
     if sys.platform != "linux":
-        return False
+        return None
     for name in _DRIVER_NAMES:
         try:
             library = ctypes.CDLL(name)
         except OSError:
             continue
-        return hasattr(library, "cuDeviceGetAttribute")  # the stub has no such function
-    return False
+        if hasattr(library, "cuDeviceGetAttribute"):  # the stub has no such function
+            return library
+    return None
 
 
 def _loads(path: str) -> bool:

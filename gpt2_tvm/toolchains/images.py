@@ -1,7 +1,8 @@
 """Finding the device code inside a library that TVM exported, and saying what it is for.
 
-TVM keeps a device module as one serialised blob in the library's data, where no vendor tool looks. The images in it are
-ELF files (a cubin of NVIDIA, a code object of AMD) or CUDA's fat binaries; both say their own length in their headers.
+TVM keeps a device module as one serialised blob in the library's data, where no vendor tool looks. The images
+in it are ELF files (a cubin of NVIDIA, a code object of AMD) or CUDA's fat binaries; both say their own
+length in their headers.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ class DeviceImage:
 
 
 def cuda_images(library: bytes) -> list[DeviceImage]:
-    """The cubins and fat binaries in `library`, in the order they lie there; cubins inside a fat binary are not counted again."""
-    found = []
+    """The cubins and fat binaries in `library`, in the order they lie there; cubins inside a fat binary are
+    not counted again.
+    """
+    found: list[DeviceImage] = []
     position = 0
     while True:
         fat, elf = library.find(_FATBIN_MAGIC, position), library.find(_ELF64, position)
@@ -51,12 +54,16 @@ def cuda_images(library: bytes) -> list[DeviceImage]:
 def amd_images(library: bytes) -> list[DeviceImage]:
     """The AMD GPU code objects in `library`."""
     return [
-        DeviceImage("code-object", (_amd_target(data),), data) for data in _elf_files(library, _EM_AMDGPU) if data
+        DeviceImage("code-object", (_amd_target(data),), data)
+        for data in _elf_files(library, _EM_AMDGPU)
+        if data
     ]
 
 
 def cuda_source_left(library: bytes) -> bool:
-    """Whether `library` holds CUDA C++ instead of compiled code: TVM falls back to it in silence when it cannot compile."""
+    """Whether `library` holds CUDA C++ instead of compiled code: TVM falls back to it in silence when it
+    cannot compile.
+    """
     return b"__global__ void" in library
 
 
@@ -103,7 +110,9 @@ def _elf_at(library: bytes, start: int, machine: int) -> bytes | None:
     if start + 64 > len(library) or struct.unpack_from("<H", library, start + 18)[0] != machine:
         return None
     segments, sections = struct.unpack_from("<QQ", library, start + 32)
-    segment_size, segment_count, section_size, section_count = struct.unpack_from("<HHHH", library, start + 54)
+    segment_size, segment_count, section_size, section_count = struct.unpack_from(
+        "<HHHH", library, start + 54
+    )
     # Both tables stand at the end of the file in what ptxas and lld write; the later one ends the file.
     end = start + max(segments + segment_size * segment_count, sections + section_size * section_count)
     return library[start:end] if start < end <= len(library) else None

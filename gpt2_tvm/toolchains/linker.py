@@ -1,6 +1,8 @@
-"""Linking the objects that LLVM wrote into a shared library: with the system's compiler, or with ziglang from PyPI.
+"""Linking the objects that LLVM wrote into a shared library: with the system's compiler, or with ziglang from
+PyPI.
 
-ziglang links for any platform, so it stands in where there is no C++ compiler and for libraries of other machines.
+ziglang links for any platform, so it stands in where there is no C++ compiler and for libraries of other
+machines.
 """
 
 from __future__ import annotations
@@ -19,10 +21,14 @@ from pathlib import Path
 
 from gpt2_tvm.errors import UserError
 
-# In the order of trying. The C driver is enough (LLVM's objects need no C++ library), but a C++ one is what most machines have.
+# In the order of trying. The C driver is enough (LLVM's objects need no C++ library), but a C++ one is what
+# most machines have.
 COMPILERS = ("c++", "g++", "clang++", "cc", "gcc", "clang")
-HOW_TO_GET_ONE = "install a C++ compiler (`apt install g++`, `xcode-select --install`) or `pip install ziglang`"
-# The oldest glibc and macOS that a library linked by zig runs on: manylinux2014's, and what current TVM wheels ask for.
+HOW_TO_GET_ONE = (
+    "install a C++ compiler (`apt install g++`, `xcode-select --install`) or `pip install ziglang`"
+)
+# The oldest glibc and macOS that a library linked by zig runs on: manylinux2014's, and what current TVM
+# wheels ask for.
 _ZIG_SYSTEMS = {"linux": "linux-gnu.2.17", "macos": "macos.13.0"}
 
 
@@ -35,7 +41,7 @@ class Platform:
 
     @property
     def library_suffix(self) -> str:
-        """".so" or, on macOS, ".dylib"."""
+        """ ".so" or, on macOS, ".dylib"."""
         return ".dylib" if self.system == "macos" else ".so"
 
 
@@ -66,7 +72,9 @@ class Linker:
 
 
 def platform_of(triple: str) -> Platform:
-    """The platform that an LLVM triple such as "arm64-apple-macos13.0" or "x86_64-unknown-linux-gnu" names."""
+    """The platform that an LLVM triple such as "arm64-apple-macos13.0" or "x86_64-unknown-linux-gnu"
+    names.
+    """
     arch, _, rest = triple.partition("-")
     arch = {"aarch64": "arm64", "amd64": "x86_64"}.get(arch, arch)
     system = "macos" if "apple" in rest or "darwin" in rest else "linux" if "linux" in rest else "other"
@@ -94,7 +102,9 @@ def zig() -> tuple[str, ...] | None:
 
 
 def find_linker(target: Platform | None = None) -> Linker | None:
-    """A linker for `target` (default: this machine), or None. The system's compiler is preferred; it serves this machine only."""
+    """A linker for `target` (default: this machine), or None. The system's compiler is preferred; it serves
+    this machine only.
+    """
     wanted = target or this_platform()
     if wanted == this_platform() and (compiler := system_compiler()):
         return Linker((compiler,), wanted)
@@ -132,7 +142,14 @@ def pack_objects(output: str, objects: Sequence[str], **_: object) -> None:
     with tarfile.open(output, "w") as archive:
         for path in sorted(objects, key=lambda name: Path(name).name):
             member = archive.gettarinfo(path, arcname=Path(path).name)
-            member.mtime, member.uid, member.gid, member.uname, member.gname, member.mode = 0, 0, 0, "", "", 0o644
+            member.mtime, member.uid, member.gid, member.uname, member.gname, member.mode = (
+                0,
+                0,
+                0,
+                "",
+                "",
+                0o644,
+            )
             with Path(path).open("rb") as file:
                 archive.addfile(member, file)
 

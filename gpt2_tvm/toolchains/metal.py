@@ -1,7 +1,8 @@
 """Metal: MSL source that macOS compiles when it loads the library, in objects for Apple silicon.
 
-No compiler of Apple's is needed here: the objects come from LLVM, and linking them is all that is left to do on the Mac
-(`lib.tar`), or is done here by ziglang, whose linker also signs the library as macOS asks (`lib.dylib`).
+No compiler of Apple's is needed here: the objects come from LLVM, and linking them is all that is left to do
+on the Mac (`lib.tar`), or is done here by ziglang, whose linker also signs the library as macOS asks
+(`lib.dylib`).
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def compiling(target: DeviceTarget) -> Iterator[Any]:
 
 
 def export(executable: Any, target: DeviceTarget, folder: Path) -> list[str]:
-    """See `gpt2_tvm.toolchains.export`: `lib.dylib` where something here links for macOS, and always `lib.tar`."""
+    """See `gpt2_tvm.toolchains.export`: `lib.dylib` where something here links for macOS, and always
+    `lib.tar`.
+    """
     if "kernel void" not in modules.sources(executable, "metal"):
         raise RuntimeError("the executable holds no Metal kernel: was it built for another target?")
     names = []

@@ -1,6 +1,7 @@
 """ROCm: AMD code objects, made by the LLVM inside TVM with AMD's device libraries and linked by lld.
 
-Neither the ROCm stack nor an AMD card is needed to compile. To run, TVM must be built with USE_ROCM: the apache-tvm wheel is not.
+Neither the ROCm stack nor an AMD card is needed to compile. To run, TVM must be built with USE_ROCM: the
+apache-tvm wheel is not.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ import re
 import shutil
 import subprocess
 import tempfile
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2_tvm.errors import UserError
-from gpt2_tvm.toolchains import images, linker
+from gpt2_tvm.toolchains import callbacks, images, linker
 
 if TYPE_CHECKING:
     from targets import DeviceTarget
@@ -26,12 +26,19 @@ if TYPE_CHECKING:
 LLVM_MAJOR = 22
 HOW_TO_GET_IT = f"apt install rocm-device-libs lld-{LLVM_MAJOR}, or install ROCm and set ROCM_PATH"
 _BITCODE_FOLDERS = ("amdgcn/bitcode", "lib/amdgcn/bitcode")
-_hook = threading.RLock()
 
 
 def device_libraries() -> Path | None:
-    """The folder of AMD's device libraries (ocml.bc and others) under ROCM_PATH, /opt/rocm, or where Debian and Ubuntu put them."""
-    roots = [os.environ.get("ROCM_PATH"), "/opt/rocm", "/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib"]
+    """The folder of AMD's device libraries (ocml.bc and others) under ROCM_PATH, /opt/rocm, or where Debian
+    and Ubuntu put them.
+    """
+    roots = [
+        os.environ.get("ROCM_PATH"),
+        "/opt/rocm",
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib/aarch64-linux-gnu",
+        "/usr/lib",
+    ]
     folders = (Path(root, folder) for root in roots if root for folder in _BITCODE_FOLDERS)
     return next((folder for folder in folders if (folder / "ocml.bc").is_file()), None)
 
@@ -47,10 +54,12 @@ def find_lld() -> Path | None:
 
 
 def bitcode(target: DeviceTarget, folder: Path) -> list[str]:
-    """The device libraries to link for `target`: the mathematics, and the constants that say what it may assume.
+    """The device libraries to link for `target`: the mathematics, and the constants that say what it may
+    assume.
 
-    TVM's own list holds each switch both ways (`finite_only_on` and `_off`), for one wave size, and leaves the choice to
-    the order of linking. This one says what is meant: IEEE results, the target's wave size and, where there is a file, its ISA.
+    TVM's own list holds each switch both ways (`finite_only_on` and `_off`), for one wave size, and leaves
+    the choice to the order of linking. This one says what is meant: IEEE results, the target's wave size and,
+    where there is a file, its ISA.
     """
     wave64 = "on" if target.tvm.get("thread_warp_size", 64) == 64 else "off"
     names = [
@@ -86,52 +95,52 @@ def prepare(target: DeviceTarget) -> None:
 @contextmanager
 def compiling(target: DeviceTarget) -> Iterator[Any]:
     """See `gpt2_tvm.toolchains.compiling`."""
-    import tvm_ffi
-
     prepare(target)
     device = target.tvm_target()
     folder, lld = device_libraries(), find_lld()
     assert folder is not None and lld is not None  # prepare has seen them
-    callbacks = {
+    ours: dict[str, Callable[..., Any]] = {
         "tvm_callback_rocm_bitcode_path": lambda *_: bitcode(target, folder),
         "tvm_callback_rocm_link": lambda relocatable, *_: _link(lld, bytes(relocatable)),
     }
-    with _hook:
-        before = {name: tvm_ffi.get_global_func(name) for name in callbacks}
-        for name, function in callbacks.items():
-            tvm_ffi.register_global_func(name, function, override=True)
-        try:
-            with device:
-                yield device
-        finally:
-            for name, function in before.items():
-                tvm_ffi.register_global_func(name, function, override=True)
+    with callbacks.replaced(ours), device:
+        yield device
 
 
 def export(executable: Any, target: DeviceTarget, folder: Path) -> list[str]:
-    """See `gpt2_tvm.toolchains.export`: `lib.so`, which must hold a code object for the target's architecture."""
+    """See `gpt2_tvm.toolchains.export`: `lib.so`, which must hold a code object for the target's
+    architecture.
+    """
     library = folder / "lib.so"
     executable.export_library(str(library), fcompile=linker.fcompile(linker.require_linker()))
     archs = {arch for image in images.amd_images(library.read_bytes()) for arch in image.archs}
     if target.tvm["mcpu"] not in archs:
-        raise RuntimeError(f"lib.so carries code for {', '.join(sorted(archs)) or 'no AMD GPU'}, not for {target.tvm['mcpu']}")
+        there = ", ".join(sorted(archs)) or "no AMD GPU"
+        raise RuntimeError(f"lib.so carries code for {there}, not for {target.tvm['mcpu']}")
     return [library.name]
 
 
 def _isa_file(mcpu: str, folder: Path) -> str:
-    """The name of the ISA's file: its own, or (for a GPU newer than the libraries) the newest one of its family."""
+    """The name of the ISA's file: its own or, for a GPU newer than these libraries, the newest one that is
+    not newer than it.
+    """
+
+    def version(isa: str) -> tuple[int, int]:
+        # "90a" and "1100": the last two digits are minor version and stepping, in hexadecimal
+        return int(isa[:-2]), int(isa[-2:], 16)
+
     own = mcpu.removeprefix("gfx")
     there = [path.stem.removeprefix("oclc_isa_version_") for path in folder.glob("oclc_isa_version_*.bc")]
-    # The last two digits are minor version and stepping, in hexadecimal: 90a and 942 are both of family 9.
-    family = [isa for isa in there if isa[:-2] == own[:-2] and int(isa, 16) <= int(own, 16)]
-    return f"oclc_isa_version_{max(family, key=lambda isa: int(isa, 16), default=own)}"
+    not_newer = [isa for isa in there if version(isa) <= version(own)]
+    return f"oclc_isa_version_{max(not_newer, key=version, default=own)}"
 
 
 def _link(lld: Path, relocatable: bytes) -> bytes:
     with tempfile.TemporaryDirectory() as scratch:
         source, output = Path(scratch, "kernels.o"), Path(scratch, "kernels.hsaco")
         source.write_bytes(relocatable)
-        # --no-undefined: a function that no device library has would otherwise fail only when the GPU loads the code
+        # --no-undefined: a function that no device library has would otherwise fail only when the GPU loads
+        # the code
         command = [str(lld), "--no-undefined", "-shared", str(source), "-o", str(output)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

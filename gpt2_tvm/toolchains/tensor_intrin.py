@@ -1,9 +1,10 @@
 """Importing TVM's tensor intrinsics (tensor cores, simdgroup matrices) in 2 s instead of 20 s.
 
-DLight's matmul rules import them when they first meet a float16 matmul. Each of the about 500 intrinsics is a TVMScript
-function, and TVMScript calls `inspect.stack()` once a function, which for every frame of the stack searches all loaded
-modules for its source: 0.04 to 0.12 s a call, the more the more modules (torch, say) are loaded. Of the answer only the frames
-and one line of source are used, so a stack that reads its lines straight from the file gives the same result.
+DLight's matmul rules import them when they first meet a float16 matmul. Each of the about 500 intrinsics is a
+TVMScript function, and TVMScript calls `inspect.stack()` once a function, which for every frame of the stack
+searches all loaded modules for its source: 0.04 to 0.12 s a call, the more the more modules (torch, say) are
+loaded. Of the answer only the frames and one line of source are used, so a stack that reads its lines
+straight from the file gives the same result.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ _patching = threading.RLock()
 
 
 def load(kind: str) -> None:
-    """Register the tensor intrinsics that scheduling for `kind` will ask for; nothing for kinds that need none."""
+    """Register the tensor intrinsics that scheduling for `kind` will ask for; nothing for kinds that need
+    none.
+    """
     if kind in KINDS:
         with light_stack():
             importlib.import_module(f"tvm.s_tir.tensor_intrin.{kind}")
@@ -31,7 +34,9 @@ def load(kind: str) -> None:
 
 @contextmanager
 def light_stack() -> Iterator[None]:
-    """Inside this context `inspect.stack()` takes microseconds: worth it around any import of many TVMScript functions."""
+    """Inside this context `inspect.stack()` takes microseconds: worth it around any import of many TVMScript
+    functions.
+    """
     with _patching:
         original = inspect.stack
         inspect.stack = _stack

@@ -1,7 +1,7 @@
 """WebGPU: WGSL source, in a library for this machine's CPU and as a file of its own.
 
-The apache-tvm wheel has no WebGPU runtime, so the library is the record of the compiled host code; `kernels.wgsl` is what the
-runners execute (through PyPI's wgpu, or in a browser).
+The apache-tvm wheel has no WebGPU runtime, so the library is the record of the compiled host code;
+`kernels.wgsl` is what the runners execute (through PyPI's wgpu, or in a browser).
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ compiling = cpu.compiling  # the code generator is inside TVM
 
 
 def export(executable: Any, target: DeviceTarget, folder: Path) -> list[str]:
-    """See `gpt2_tvm.toolchains.export`: `lib.so` and `kernels.wgsl`, where a line `// Function: <name>` begins each kernel."""
+    """See `gpt2_tvm.toolchains.export`: `lib.so` and `kernels.wgsl`, where a line `// Function: <name>`
+    begins each kernel.
+    """
     text = modules.sources(executable, "webgpu")
     if "@compute" not in text:
         raise RuntimeError("the executable holds no WGSL kernel: was it built for another target?")

@@ -1,0 +1,287 @@
+"""`compile_model`: a model and a target in, a checked artifact out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt2_tvm import toolchains
+from gpt2_tvm.artifact import write_manifest
+from gpt2_tvm.checkpoint import ModelSource, resolve_model
+from gpt2_tvm.errors import UserError
+from gpt2_tvm.files import replacing_folder
+from gpt2_tvm.quantization import Scheme, get_scheme
+from gpt2_tvm.schedules.registry import rule_set
+from targets import DeviceTarget, load_target, specialise
+
+if TYPE_CHECKING:
+    from gpt2_tvm.config import GPT2Config
+    from gpt2_tvm.pipeline import Lowered
+
+ATTENTION = ("flash", "materialized")
+VERIFY_WIDTHS = (4, 8)
+MAX_BATCH = 64
+MAX_VERIFY_WIDTH = 32  # a tree row's mask is 32 bits
+SCORE_ROWS = 128  # rows scored at a time: their logits are the largest tensor that ever exists
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+
+Progress = Callable[[str, float], None]  # (what is being done, share done 0..1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides a module's code."""
+
+    config: GPT2Config
+    target: DeviceTarget
+    scheme: Scheme
+    rules: tuple[str, ...]
+    attention: str
+    batch_sizes: tuple[int, ...]
+    verify_widths: tuple[int, ...]
+    max_seq_len: int
+
+
+def make_plan(
+    config: GPT2Config,
+    target: DeviceTarget,
+    quantization: str = "q0f32",
+    rules: str = "full",
+    attention: str = "flash",
+    batch_sizes: Sequence[int] = (1,),
+    max_seq_len: int | None = None,
+    verify_widths: Sequence[int] = VERIFY_WIDTHS,
+) -> Plan:
+    """Check every choice and resolve the defaults; UserError names the one that is wrong."""
+    scheme = get_scheme(quantization)
+    if attention not in ATTENTION:
+        raise UserError(f"unknown attention {attention!r}; choose {' or '.join(ATTENTION)}")
+    if not batch_sizes or any(not 1 <= b <= MAX_BATCH for b in batch_sizes):
+        raise UserError(
+            f"--batch-sizes {','.join(map(str, batch_sizes))}: give one or more sizes from 1 to {MAX_BATCH}"
+        )
+    if any(not 1 <= m <= MAX_VERIFY_WIDTH for m in verify_widths):
+        raise UserError(
+            f"--verify-widths {','.join(map(str, verify_widths))}: widths go from 1 to {MAX_VERIFY_WIDTH}"
+        )
+    capacity = config.n_positions if max_seq_len is None else max_seq_len
+    if not 1 <= capacity <= config.n_positions:
+        raise UserError(
+            f"--max-seq-len {capacity}: the model has positions for 1 to {config.n_positions} tokens"
+        )
+    widths = tuple(sorted({m for m in verify_widths if m <= capacity}))
+    return Plan(
+        config,
+        target,
+        scheme,
+        rule_set(rules, target),
+        attention,
+        tuple(sorted(set(batch_sizes))),
+        widths,
+        capacity,
+    )
+
+
+def weight_layout(target: DeviceTarget) -> Any:
+    """How this target wants its weights stored (`quantization.layers.WeightLayout`)."""
+    from gpt2_tvm.quantization.layers import WeightLayout
+
+    rows = target.layout.rows or 0 if target.layout.weight == "packed" else 0
+    return WeightLayout(panel_rows=rows, fast_math=target.kind == "cpu")
+
+
+def export_module(plan: Plan) -> tuple[Any, list[str]]:
+    """The model as a Relax module, and the names of its parameters in the order of the packed tuple."""
+    from gpt2_tvm.attention import AttentionKernels, CpuKernels, MaterializedAttention
+    from gpt2_tvm.model import GPT2LMHeadModel, ModelOptions
+    from gpt2_tvm.toolchains.tensor_intrin import light_stack
+
+    kernels: AttentionKernels
+    with (
+        light_stack()
+    ):  # TVMScript reads the source of every stack frame; ours are parsed in a tenth of the time without
+        if plan.target.kind == "cpu":
+            kernels = CpuKernels(plan.target.limits.vector_bits or 128)
+        else:
+            from gpt2_tvm.gpu_attention import GpuKernels
+
+            kernels = GpuKernels.for_target(plan.target)
+        if plan.attention == "materialized":
+            kernels = MaterializedAttention(kernels)
+        options = ModelOptions(plan.scheme, weight_layout(plan.target), kernels, plan.max_seq_len)
+        model = GPT2LMHeadModel(plan.config, options)
+        mod, params, _ = model.export_tvm(
+            spec=model.export_spec(plan.batch_sizes, plan.verify_widths), allow_extern=True
+        )
+    return mod, [name for name, _ in params]
+
+
+def lower_plan(plan: Plan, dump_ir: Path | None = None) -> tuple[Lowered, list[str]]:
+    """Export and run the pipeline; nothing is built for the device yet."""
+    from gpt2_tvm.pipeline import lower
+
+    if plan.target.kind in ("cuda", "metal"):
+        toolchains.tensor_intrin.load(plan.target.kind)
+    mod, names = export_module(plan)
+    batch = max(plan.batch_sizes)
+    bounds = {
+        "prefill": {"b": batch, "n": plan.max_seq_len},
+        "score": {"b": batch, "n": min(SCORE_ROWS, plan.max_seq_len)},
+        "softmax_with_temperature": {"b": batch},
+    }
+    return lower(mod, plan.target, plan.rules, bounds, dump_ir), names
+
+
+def stored_weights(source: ModelSource, plan: Plan) -> Any:
+    """(name, array as stored) for each parameter, streaming: one tensor in memory at a time."""
+    from gpt2_tvm.weights import iter_weights
+
+    layout = weight_layout(plan.target)
+    for name, array in iter_weights(source, plan.scheme.weight_dtype):
+        is_matrix = array.ndim == 2 and name != "transformer.wpe.weight"
+        yield name, layout.store(array) if is_matrix else array
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that an artifact depends on, and of ours."""
+    found = {}
+    for package in ("gpt2-tvm", "apache-tvm", "apache-tvm-ffi", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def compile_model(
+    model: str = "gpt2",
+    target: str = "cpu",
+    quantization: str = "q0f32",
+    output: str | Path | None = None,
+    rules: str = "full",
+    attention: str = "flash",
+    batch_sizes: Sequence[int] = (1,),
+    max_seq_len: int | None = None,
+    tuned: str | Path | None = None,
+    *,
+    verify_widths: Sequence[int] = VERIFY_WIDTHS,
+    dump_ir: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Path:
+    """Compile a GPT-2 for a device and write its artifact.
+
+    Args:
+        model: a Hugging Face folder, a hub id, a preset (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2) or "bundled".
+        target: a name from ``--list-targets``, or a TOML file.
+        quantization: a scheme's name (`quantization.SCHEMES`).
+        output: the artifact's folder; default ``artifacts/<model>-<quantization>-<target>``.
+        rules: a rule set (`schedules.registry.rule_set`).
+        attention: "flash" (our kernels) or "materialized" (matmul and softmax, scheduled by the rules).
+        batch_sizes: batch sizes that decode, greedy and verify are compiled for.
+        max_seq_len: capacity of the KV cache in tokens; default the model's n_positions.
+        tuned: a schedule file made by ``tuning.apply``; never applied unasked.
+        verify_widths: how many candidate tokens one verify call takes, each a static variant.
+        dump_ir: a folder for the IR after each phase.
+        seed: of the random weights, where the checkpoint cannot be downloaded.
+        progress: called with (what, share done).
+
+    Returns the artifact's folder. Raises UserError for anything the user can mend.
+    """
+    say = progress or (lambda what, share: None)
+    if tuned is not None:
+        raise UserError(
+            "--tuned needs a schedule file made by tuning.apply, which this version does not have yet; leave it out"
+        )
+    device = specialise(load_target(target))
+    source = resolve_model(str(model), seed=seed)
+    plan = make_plan(
+        source.config, device, quantization, rules, attention, batch_sizes, max_seq_len, verify_widths
+    )
+    final = Path(output) if output else Path("artifacts") / f"{source.name}-{plan.scheme.name}-{device.name}"
+    with replacing_folder(final) as work:
+        seconds = _write(work, source, plan, Path(dump_ir) if dump_ir else None, say)
+    say(f"wrote {final} in {seconds:.1f} s", 1.0)
+    return final
+
+
+def _write(work: Path, source: ModelSource, plan: Plan, dump_ir: Path | None, say: Progress) -> float:
+    """Fill the folder of an artifact; returns the seconds it took."""
+    from gpt2_tvm.tensor_cache import TensorCacheWriter
+
+    start = time.perf_counter()
+    toolchains.prepare(plan.target)
+    say("importing TVM", 0.02)
+    import tvm
+
+    from gpt2_tvm.inventory import function_table
+
+    with toolchains.compiling(plan.target) as tvm_target:
+        say("lowering and scheduling", 0.1)
+        lowered, names = lower_plan(plan, dump_ir)
+        say(f"building {len(lowered.hits)} functions for {plan.target.name}", 0.3)
+        executable = tvm.compile(lowered.final, target=tvm_target, relax_pipeline=None, tir_pipeline=None)
+        libraries = toolchains.export(executable, plan.target, work)
+    if plan.target.kind == "webgpu":
+        from gpt2_tvm.kernel_list import write_kernel_list
+
+        write_kernel_list(work, lowered, plan, executable)
+    compile_seconds = time.perf_counter() - start
+
+    total = sum(1 for _ in names)
+    with TensorCacheWriter(work / "params") as writer:
+        for i, (name, array) in enumerate(stored_weights(source, plan)):
+            say(f"converting weights: {name}", 0.6 + 0.38 * i / total)
+            if i >= total or names[i] != name:
+                raise RuntimeError(
+                    f"parameter {i} is {name}, the module expects {names[i] if i < total else 'no more'}"
+                )
+            writer.add(name, array)
+    if source.folder is not None:
+        _copy_tokenizer(source.folder, work / "tokenizer")
+    say("writing the manifest", 0.99)
+    seconds = time.perf_counter() - start
+    manifest: dict[str, Any] = {
+        "model": source.name,
+        "config": json.loads(plan.config.to_json()),
+        "random_weights": source.random,
+        "seed": source.seed if source.random else None,
+        "quantization": plan.scheme.name,
+        "target": plan.target.to_json(),
+        "layout": asdict(weight_layout(plan.target)),
+        "rules": list(plan.rules),
+        "attention": plan.attention,
+        "tuned": None,
+        "batch_sizes": list(plan.batch_sizes),
+        "verify_widths": list(plan.verify_widths),
+        "max_seq_len": plan.max_seq_len,
+        "versions": versions(),
+        "library": libraries[0],
+        "libraries": libraries,
+        "params": names,
+        "compile_seconds": round(compile_seconds, 2),
+        "total_seconds": round(seconds, 2),
+        **function_table(lowered, plan),
+    }
+    write_manifest(work, manifest)
+    return seconds
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if any(f.name in ("vocab.json", "tokenizer.json") for f in found):
+        folder.mkdir()
+        for file in found:
+            shutil.copyfile(file, folder / file.name)

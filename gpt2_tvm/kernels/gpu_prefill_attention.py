@@ -1,0 +1,280 @@
+"""Attention of a whole prompt: flash style, with no [n, n] matrix in memory.
+
+A block takes 32 query rows (fewer for wide heads) of one head and walks over the keys in tiles:
+
+1. the key tile goes to shared memory; each thread multiplies 2 rows by every eighth key, four elements of the
+   head at a time, in registers
+2. the row maxima meet in shared memory, and the value tile takes the keys' place
+3. ``p = 2**(score - maximum)`` goes to shared memory; what was summed under the old maximum is scaled down
+4. each thread adds ``p . V`` for its 2 rows and its runs of four columns, in registers
+
+The sums of p stay apart in each thread until the end: they only need the same maximum, not each other. Tiles
+above the diagonal and past the longest row of the block are never touched. Long blocks start first.
+
+Ladder: one row a thread with scores in shared memory 1.0 FMA a shared load; this one 1.3 for ``q . k`` with
+loads of four elements each, 1.6 for ``p . V`` (by count; heads of 64).
+"""
+
+# mypy: disable-error-code="valid-type,misc"
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from gpt2_tvm.errors import UserError
+from gpt2_tvm.kernels.spec import AttentionSpec, GpuLimits
+
+ACROSS = 8  # threads side by side: keys in q . k, columns in p . V
+ROWS = 2  # query rows a thread
+MASKED = -1e30  # a score that is left out: finite, for WGSL may assume there is no infinity
+
+
+def padded(elements: int) -> int:
+    """A row's stride in shared memory, in elements: an odd number of runs of four.
+
+    Neighbouring threads read runs of four from neighbouring rows; an odd stride puts them in different banks.
+    """
+    return 4 * ((elements + 3) // 4 | 1)
+
+
+@dataclass(frozen=True)
+class PrefillTile:
+    """rows: query rows a block. keys: keys and values a step. Both multiples of `ROWS` and `ACROSS`."""
+
+    rows: int
+    keys: int
+
+    @property
+    def threads(self) -> int:
+        return self.rows // ROWS * ACROSS
+
+    def shared_bytes(self, head_dim: int, dtype: str) -> int:
+        """Queries, one tile of keys or values, probabilities, and a number a thread and row for reductions."""
+        element = 2 if dtype == "float16" else 4
+        tiles = (self.rows + self.keys) * padded(head_dim) * element
+        return tiles + 4 * self.rows * (padded(self.keys) + ACROSS)
+
+
+TILES = (PrefillTile(32, 32), PrefillTile(32, 16), PrefillTile(16, 16), PrefillTile(16, 8), PrefillTile(8, 8))
+
+
+def choose_tile(spec: AttentionSpec, limits: GpuLimits) -> PrefillTile:
+    """The largest tile that the device takes. Raises UserError where not even the smallest fits."""
+    for tile in TILES:
+        needed = tile.shared_bytes(spec.head_dim, spec.dtype)
+        if tile.threads <= limits.threads_per_block and needed <= limits.shared_memory_bytes:
+            return tile
+    raise UserError(
+        f"flash attention over heads of {spec.head_dim} in {spec.dtype} needs {needed} bytes of shared memory a block; "
+        f"the target allows {limits.shared_memory_bytes}: compile with --attention materialized"
+    )
+
+
+def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
+    """``(qkv [b, n, 3HD], positions [b], lengths [b], cache [2, b, H, S, D], out [b, n, HD])``; b, n symbolic.
+
+    Row t of sequence i attends to slots ``0 .. positions[i] + t``: this call's keys and values are in the cache
+    already. Rows ``t >= lengths[i]`` write zeros. Slots at or past the capacity are never read.
+    """
+    n_head, head_dim, capacity, dtype, width = spec.n_head, spec.head_dim, spec.capacity, spec.dtype, spec.width
+    tile = choose_tile(spec, limits)
+    rows, keys, threads = tile.rows, tile.keys, tile.threads
+    lanes = limits.lanes(head_dim)
+    runs = -(-head_dim // 4)  # of four elements, in a row; the last one may be part zeros
+    mine = -(-runs // ACROSS)  # of those, in one thread
+    cols = keys // ACROSS  # keys a thread
+    stride, p_stride = padded(head_dim), padded(keys)
+    loads = runs * 4 // lanes  # in a row of a tile
+    scale = spec.scale * math.log2(math.e)  # 2**x is what devices have; e**x costs a product more
+    tall, wide = _steps(rows * loads, threads), _steps(keys * loads, threads)
+    b, n = tirx.Var("b", "int64"), tirx.Var("n", "int64")
+
+    def column(run: Any) -> Any:
+        """First column of a run, kept inside the row for threads that have no run there."""
+        return T.min(run, runs - 1) * 4
+
+    @T.prim_func(s_tir=True)
+    def prefill(
+        qkv_h: T.handle, positions_h: T.handle, lengths_h: T.handle, cache_h: T.handle, out_h: T.handle
+    ):
+        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+        qkv = T.match_buffer(qkv_h, (b, n, 3 * width), dtype)
+        positions = T.match_buffer(positions_h, (b,), "int32")
+        lengths = T.match_buffer(lengths_h, (b,), "int32")
+        cache = T.match_buffer(cache_h, (2, b, n_head, capacity, head_dim), dtype)
+        out = T.match_buffer(out_h, (b, n, width), dtype)
+        q_tile = T.sblock_alloc_buffer((rows, stride), dtype, scope="shared")
+        kv_tile = T.sblock_alloc_buffer((keys, stride), dtype, scope="shared")
+        p_tile = T.sblock_alloc_buffer((rows, p_stride), "float32", scope="shared")
+        meet = T.sblock_alloc_buffer((rows, ACROSS), "float32", scope="shared")
+        q = T.sblock_alloc_buffer((ROWS, 4), "float32", scope="local")
+        k = T.sblock_alloc_buffer((cols, 4), "float32", scope="local")
+        score = T.sblock_alloc_buffer((ROWS, cols), "float32", scope="local")
+        p = T.sblock_alloc_buffer((ROWS, 4), "float32", scope="local")
+        v = T.sblock_alloc_buffer((4,), "float32", scope="local")
+        acc = T.sblock_alloc_buffer((ROWS, mine, 4), "float32", scope="local")
+        top = T.sblock_alloc_buffer((ROWS,), "float32", scope="local")
+        new_top = T.sblock_alloc_buffer((ROWS,), "float32", scope="local")
+        total = T.sblock_alloc_buffer((ROWS,), "float32", scope="local")
+
+        for bx in T.thread_binding(T.Cast("int32", T.ceildiv(n, rows)), thread="blockIdx.x"):
+            for by in T.thread_binding(T.Cast("int32", b) * n_head, thread="blockIdx.y"):
+                for tid in T.thread_binding(threads, thread="threadIdx.x"):
+                    seq: T.let[T.int32] = by // n_head
+                    head: T.let[T.int32] = by % n_head
+                    tx: T.let[T.int32] = tid % ACROSS
+                    ty: T.let[T.int32] = tid // ACROSS
+                    n_rows: T.let[T.int32] = T.Cast("int32", n)
+                    row0: T.let[T.int32] = ((n_rows + rows - 1) // rows - 1 - bx) * rows
+                    first: T.let[T.int32] = T.max(T.min(positions[seq], capacity), 0)
+                    length: T.let[T.int32] = T.max(T.min(lengths[seq], n_rows), 0)
+                    end: T.let[T.int32] = T.if_then_else(
+                        row0 < length, T.min(first + T.min(row0 + rows, length), capacity), 0
+                    )
+
+                    for i in T.serial(tall):
+                        e: T.let[T.int32] = i * threads + tid
+                        if e < rows * loads:
+                            for vec in T.vectorized(lanes):
+                                q_tile[e // loads, e % loads * lanes + vec] = T.if_then_else(
+                                    e % loads * lanes < head_dim,
+                                    qkv[
+                                        seq,
+                                        T.min(row0 + e // loads, n_rows - 1),
+                                        head * head_dim + e % loads * lanes + vec,
+                                    ],
+                                    T.Cast(dtype, 0),
+                                )
+                    for r in T.unroll(ROWS):
+                        top[r] = MASKED
+                        total[r] = T.float32(0)
+                        for j, vec in T.grid(mine, 4):
+                            acc[r, j, vec] = T.float32(0)
+
+                    for step in T.serial((end + keys - 1) // keys):
+                        slot0: T.let[T.int32] = step * keys
+                        for i in T.serial(wide):
+                            e: T.let[T.int32] = i * threads + tid
+                            if e < keys * loads:
+                                for vec in T.vectorized(lanes):
+                                    kv_tile[e // loads, e % loads * lanes + vec] = T.if_then_else(
+                                        e % loads * lanes < head_dim,
+                                        cache[
+                                            0,
+                                            seq,
+                                            head,
+                                            T.min(slot0 + e // loads, end - 1),
+                                            e % loads * lanes + vec,
+                                        ],
+                                        T.Cast(dtype, 0),
+                                    )
+                        T.tvm_storage_sync("shared")
+
+                        for r in T.unroll(ROWS):
+                            for c in T.unroll(cols):
+                                score[r, c] = T.float32(0)
+                        for run in T.serial(runs):
+                            for r in T.unroll(ROWS):
+                                for vec in T.vectorized(4):
+                                    q[r, vec] = T.Cast("float32", q_tile[ty * ROWS + r, run * 4 + vec])
+                            for c in T.unroll(cols):
+                                for vec in T.vectorized(4):
+                                    k[c, vec] = T.Cast("float32", kv_tile[c * ACROSS + tx, run * 4 + vec])
+                            for r in T.unroll(ROWS):
+                                for c in T.unroll(cols):
+                                    for vec in T.unroll(4):
+                                        score[r, c] = score[r, c] + q[r, vec] * k[c, vec]
+                        for r in T.unroll(ROWS):
+                            new_top[r] = MASKED
+                            for c in T.unroll(cols):
+                                score[r, c] = T.if_then_else(
+                                    slot0 + c * ACROSS + tx <= first + row0 + ty * ROWS + r,
+                                    score[r, c] * T.float32(scale),
+                                    T.float32(MASKED),
+                                )
+                                new_top[r] = T.max(new_top[r], score[r, c])
+                            meet[ty * ROWS + r, tx] = new_top[r]
+                        T.tvm_storage_sync("shared")
+
+                        for i in T.serial(wide):
+                            e: T.let[T.int32] = i * threads + tid
+                            if e < keys * loads:
+                                for vec in T.vectorized(lanes):
+                                    kv_tile[e // loads, e % loads * lanes + vec] = T.if_then_else(
+                                        e % loads * lanes < head_dim,
+                                        cache[
+                                            1,
+                                            seq,
+                                            head,
+                                            T.min(slot0 + e // loads, end - 1),
+                                            e % loads * lanes + vec,
+                                        ],
+                                        T.Cast(dtype, 0),
+                                    )
+                        for r in T.unroll(ROWS):
+                            new_top[r] = top[r]
+                            for x in T.unroll(ACROSS):
+                                new_top[r] = T.max(new_top[r], meet[ty * ROWS + r, x])
+                            total[r] = total[r] * T.exp2(top[r] - new_top[r])
+                            for j in T.unroll(mine):
+                                for vec in T.unroll(4):
+                                    acc[r, j, vec] = acc[r, j, vec] * T.exp2(top[r] - new_top[r])
+                            top[r] = new_top[r]
+                            for c in T.unroll(cols):
+                                score[r, c] = T.exp2(score[r, c] - top[r])
+                                total[r] = total[r] + score[r, c]
+                                p_tile[ty * ROWS + r, c * ACROSS + tx] = score[r, c]
+                        T.tvm_storage_sync("shared")
+
+                        for four in T.serial(keys // 4):
+                            for r in T.unroll(ROWS):
+                                for vec in T.vectorized(4):
+                                    p[r, vec] = p_tile[ty * ROWS + r, four * 4 + vec]
+                            for key in T.unroll(4):
+                                for j in T.unroll(mine):
+                                    for vec in T.vectorized(4):
+                                        v[vec] = T.Cast(
+                                            "float32", kv_tile[four * 4 + key, column(j * ACROSS + tx) + vec]
+                                        )
+                                    for r in T.unroll(ROWS):
+                                        for vec in T.unroll(4):
+                                            acc[r, j, vec] = acc[r, j, vec] + p[r, key] * v[vec]
+                        T.tvm_storage_sync("shared")
+
+                    for r in T.unroll(ROWS):
+                        meet[ty * ROWS + r, tx] = total[r]
+                    T.tvm_storage_sync("shared")
+                    for r in T.unroll(ROWS):
+                        total[r] = T.float32(0)
+                        for x in T.unroll(ACROSS):
+                            total[r] = total[r] + meet[ty * ROWS + r, x]
+                    for r in T.unroll(ROWS):
+                        for j in T.unroll(mine):
+                            if row0 + ty * ROWS + r < n_rows and (j * ACROSS + tx) * 4 < head_dim:
+                                for part in T.unroll(4 // lanes):
+                                    if (j * ACROSS + tx) * 4 + part * lanes < head_dim:
+                                        for vec in T.vectorized(lanes):
+                                            out[
+                                                seq,
+                                                row0 + ty * ROWS + r,
+                                                head * head_dim + (j * ACROSS + tx) * 4 + part * lanes + vec,
+                                            ] = T.Cast(
+                                                dtype,
+                                                T.if_then_else(
+                                                    row0 + ty * ROWS + r < length,
+                                                    acc[r, j, part * lanes + vec] / total[r],
+                                                    T.float32(0),
+                                                ),
+                                            )
+
+    return prefill
+
+
+def _steps(elements: int, threads: int) -> int:
+    """Rounds in which `threads` threads do `elements` pieces of work."""
+    return -(-elements // threads)

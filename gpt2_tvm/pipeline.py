@@ -1,0 +1,103 @@
+"""From the exported module to a module that the virtual machine runs: the phases in order, each a list of passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tvm
+from tvm import relax
+
+from gpt2_tvm.passes.apply_rules import apply_rules
+from gpt2_tvm.schedules.registry import Hit, make_rules
+
+if TYPE_CHECKING:
+    from targets import DeviceTarget
+
+# Phase 1: rewrite the graph. permute_dims + matmul becomes NT_matmul: without it decode never reaches a GEMV rule.
+GRAPH = (relax.transform.FuseTransposeMatmul,)
+
+# Phase 2: operators become TIR, and neighbours become one function (matmul + bias + activation + residual).
+FUSE = (
+    relax.transform.LegalizeOps,
+    relax.transform.AnnotateTIROpPattern,
+    relax.transform.FoldConstant,
+    relax.transform.FuseOps,
+    relax.transform.FuseTIR,
+    relax.transform.DeadCodeElimination,
+)
+
+# Phase 3 is the schedule: rules in order, first match wins (passes/apply_rules.py).
+
+# Phase 4: calls by destination, memory planned once for the whole function, shapes computed by the VM.
+LOWER = (
+    relax.transform.RewriteDataflowReshape,
+    relax.transform.ToNonDataflow,
+    relax.transform.RemovePurityChecking,
+    relax.transform.CallTIRRewrite,
+    relax.transform.StaticPlanBlockMemory,
+)
+
+# Phase 5: to instructions of the virtual machine.
+FINALISE = (
+    relax.transform.LowerAllocTensor,
+    relax.transform.KillAfterLastUse,
+    relax.transform.LowerRuntimeBuiltin,
+    relax.transform.ComputePrimValue,
+    relax.transform.VMShapeLower,
+    relax.transform.AttachGlobalSymbol,
+)
+
+PHASES = ("1-exported", "2-graph", "3-fused", "4-scheduled", "5-lowered", "6-final")
+
+
+@dataclass
+class Lowered:
+    """What the pipeline leaves: the module after each stage that others look into, and which rule took which function."""
+
+    fused: tvm.IRModule
+    scheduled: tvm.IRModule
+    lowered: tvm.IRModule
+    final: tvm.IRModule
+    hits: list[Hit] = field(default_factory=list)
+
+
+def _run(mod: tvm.IRModule, passes: tuple[Callable[[], tvm.transform.Pass], ...]) -> tvm.IRModule:
+    return tvm.transform.Sequential([make() for make in passes])(mod)
+
+
+def lower(
+    mod: tvm.IRModule,
+    target: DeviceTarget,
+    rules: tuple[str, ...],
+    upper_bounds: dict[str, dict[str, int]] | None = None,
+    dump_ir: Path | None = None,
+) -> Lowered:
+    """Run every phase. `upper_bounds`: for a function with symbolic sizes, the largest value of each, so that its memory is planned
+    once and never grows; `dump_ir`: a folder that gets the IR after each phase."""
+    tvm_target = target.tvm_target()
+
+    def dump(phase: int, mod: tvm.IRModule) -> None:
+        if dump_ir is not None:
+            dump_ir.mkdir(parents=True, exist_ok=True)
+            (dump_ir / f"{PHASES[phase]}.py").write_text(mod.script(show_meta=False) + "\n")
+
+    with tvm_target:
+        dump(0, mod)
+        mod = _run(mod, GRAPH)
+        dump(1, mod)
+        fused = _run(mod, FUSE)
+        for name, bounds in (upper_bounds or {}).items():
+            fused.update_func(
+                fused.get_global_var(name), fused[name].with_attr("tir_var_upper_bound", bounds)
+            )
+        dump(2, fused)
+        scheduled, hits = apply_rules(fused, make_rules(rules, target), tvm_target)
+        dump(3, scheduled)
+        lowered = _run(scheduled, LOWER)
+        dump(4, lowered)
+        final = _run(lowered, FINALISE)
+        dump(5, final)
+    return Lowered(fused, scheduled, lowered, final, hits)

@@ -1,0 +1,399 @@
+"""Targets as data: every file loads and suits TVM, mistakes in a file are one line, and this machine is read
+right.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import targets
+from gpt2_tvm import toolchains
+from gpt2_tvm.errors import UserError
+from gpt2_tvm.toolchains import cuda_toolkit, linker, rocm
+from targets import Gpu, as_gpu, detect, list_targets, load_target, report, specialise
+from targets.load import FOLDER, NAMES
+
+V3 = frozenset(load_target("x86-64-v3").requires)
+V4 = frozenset(load_target("x86-64-v4").requires)
+
+
+@pytest.fixture
+def cpu_with(monkeypatch: pytest.MonkeyPatch):
+    """Make this machine look like another: `cpu_with("Linux", "x86_64", features)`."""
+
+    def pretend(system: str, machine: str, features: frozenset[str]) -> None:
+        monkeypatch.setattr("platform.system", lambda: system)
+        monkeypatch.setattr("platform.machine", lambda: machine)
+        monkeypatch.setattr(detect, "host_features", lambda: features)
+
+    return pretend
+
+
+@pytest.fixture
+def changed(tmp_path: Path):
+    """A copy of a target's file with one text replaced by another, or with lines appended at the top."""
+
+    def change(name: str, old: str, new: str) -> Path:
+        text = (FOLDER / f"{name}.toml").read_text()
+        assert old in text
+        path = tmp_path / "mine.toml"
+        path.write_text(text.replace(old, new, 1))
+        return path
+
+    return change
+
+
+# --- the files ---
+
+
+def test_names_are_the_files() -> None:
+    assert {path.stem for path in FOLDER.glob("*.toml")} == set(NAMES)
+    assert [target.name for target in list_targets()] == list(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tvm_takes_every_target(name: str) -> None:
+    target = load_target(name)
+    built = target.tvm_target()
+    for key, value in target.tvm.items():
+        got = built.kind.name if key == "kind" else built.attrs[key]
+        assert (list(got) if isinstance(value, list) else got) == value
+    triple = target.host_triple()
+    assert triple is None or built.host.attrs["mtriple"] == triple
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_manifest_form_is_json(name: str) -> None:
+    target = load_target(name)
+    written = json.loads(json.dumps(target.to_json()))
+    assert written["name"] == name and written["limits"]["vector_bits"] == target.limits.vector_bits
+    assert "path" not in written and str(FOLDER) not in json.dumps(written)
+
+
+def test_rules_by_kind() -> None:
+    for target in list_targets():
+        first, last = ("cpu-matmul", "cpu-reduction") if target.kind == "cpu" else ("matmul", "fallback")
+        assert (target.rules[0], target.rules[-1]) == (first, last)
+
+
+def test_register_tiles_fit_the_registers() -> None:
+    """Accumulators, one row of weights and one broadcast activation have to stay in registers through the
+    inner loop.
+    """
+    for target in list_targets():
+        if target.kind != "cpu":
+            assert target.layout == targets.Layout("rows")
+            continue
+        lanes = target.limits.vector_bits // 32
+        assert target.layout.rows % lanes == 0
+        vectors = target.layout.rows // lanes
+        assert vectors * (target.layout.tile_rows + 1) + 1 <= target.limits.vector_registers
+
+
+def test_peak_rates_name_their_source() -> None:
+    named = [
+        target for target in list_targets() if target.kind in ("cuda", "metal", "rocm") and not target.generic
+    ]
+    assert all(
+        target.peak and target.peak.bandwidth_gb_s and len(target.peak.source) > 20 for target in named
+    )
+    assert all(target.peak is None for target in list_targets() if target not in named)
+
+
+def test_h200_is_not_sm_90a() -> None:
+    assert load_target("h200").archs == load_target("h100").archs == ("sm_90",)
+
+
+# --- what a user may get wrong ---
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("rtx4090", "rtx-4090"),
+        ("x86-64", "x86-64-v3"),
+        ("gfx1101", "gfx1100"),
+        ("../cuda", "cannot read"),
+        ("nonsense!", "--list-targets"),
+    ],
+)
+def test_unknown_name(name: str, wanted: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_target(name)
+    assert wanted in str(error.value) and "\n" not in str(error.value)
+
+
+def test_names_in_any_case_and_paths(changed) -> None:
+    assert load_target("RTX-4090") == load_target("rtx-4090")
+    mine = changed("rtx-4090", 'name = "rtx-4090"', 'name = "my-gpu"')
+    assert load_target(mine).name == load_target(str(mine)).name == "my-gpu"
+    assert load_target(mine).peak == load_target("rtx-4090").peak
+
+
+MISTAKES = [
+    ("h200", 'kind = "cuda"\ndesc', "desc", "kind is missing"),
+    ("h200", 'kind = "cuda"\ndesc', 'kind = "vulkan"\ndesc', "kind must be one of cpu, cuda"),
+    ("h200", 'name = "h200"', 'name = "../h200"', "name must be of a-z"),
+    ("h200", "description", "descripton", "description is missing"),
+    ("h200", 'export = "so"', 'export = "exe"', "export must be one of so, tar"),
+    ("h200", 'rules = ["matmul"', 'rules = [7, "matmul"', "rules must be a list of strings"),
+    ("h200", "[peak]", "colour = 3\n[peak]", "[layout] colour is not a key here"),
+    (
+        "h200",
+        "threads_per_block = 1024\nshared",
+        "thread_per_block = 1024\nshared",
+        "[limits] threads_per_block is missing",
+    ),
+    (
+        "h200",
+        "[limits]\nthreads_per_block = 1024",
+        "[limits]\nthreads_per_block = true",
+        "threads_per_block must be a whole number, not True",
+    ),
+    (
+        "h200",
+        "[limits]\nthreads_per_block = 1024",
+        "[limits]\nthreads_per_block = 0",
+        "threads_per_block must be at least 1",
+    ),
+    (
+        "h200",
+        "[limits]\nthreads_per_block = 1024",
+        "[limits]\nthreads_per_block = 512",
+        "[tvm] max_threads_per_block is 1024 and [limits]",
+    ),
+    (
+        "h200",
+        "bandwidth_gb_s = 4800",
+        'bandwidth_gb_s = "4.8 TB/s"',
+        "[peak] bandwidth_gb_s must be a number",
+    ),
+    (
+        "h200",
+        "bandwidth_gb_s = 4800",
+        "bandwidth = 4800",
+        "[peak] bandwidth is not a key here; did you mean bandwidth_gb_s?",
+    ),
+    ("h200", "bandwidth_gb_s = 4800", "bandwidth_gb_s = nan", "bandwidth_gb_s must be above 0"),
+    ("h200", 'arch = "sm_90"', 'arch = "90"', 'an architecture must look like "sm_80"'),
+    ("h200", 'arch = "sm_90"', "", "[tvm] arch is missing"),
+    ("h200", "[tvm]", 'archs = ["sm_80"]\n[tvm]', "archs must hold [tvm] arch, sm_90"),
+    (
+        "h200",
+        "registers_per_block = 65536",
+        "registers_per_block = 65.5",
+        "[tvm] registers_per_block must be",
+    ),
+    ("h200", '[tvm]\nkind = "cuda"', '[tvm]\nkind = "llvm"', '[tvm] kind must be "cuda"'),
+    ("h200", 'weight = "rows"', 'weight = "packed"\nrows = 8\ntile_rows = 8', "CPU kernels"),
+    ("h200", "[tvm]", "native = true\n[tvm]", "native is for kind cpu"),
+    ("h200", "[tvm]", "[tvm", "not valid TOML"),
+    ("x86-64-v3", "tile_rows = 6", "", "[layout] tile_rows is missing"),
+    ("x86-64-v3", "[limits]", '[host]\nkind = "llvm"\n[limits]', "its own host"),
+    ("x86-64-v3", "vector_bits = 256", "", "[limits] vector_bits is missing"),
+]
+
+
+@pytest.mark.parametrize(("name", "old", "new", "message"), MISTAKES)
+def test_mistakes_are_one_line_that_names_file_and_key(
+    changed, name: str, old: str, new: str, message: str
+) -> None:
+    path = changed(name, old, new)
+    with pytest.raises(UserError) as error:
+        load_target(path)
+    assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "absent.toml", tmp_path / "binary.toml", tmp_path):
+        with pytest.raises(UserError, match=path.name):
+            load_target(f"{path}/" if path == tmp_path else path)
+
+
+def test_an_attribute_that_tvm_does_not_know(changed) -> None:
+    target = load_target(changed("h200", "thread_warp_size = 32", "thread_warp_sise = 32"))
+    with pytest.raises(UserError, match=r"mine.toml: TVM does not accept .*thread_warp_sise") as error:
+        target.tvm_target()
+    assert "\n" not in str(error.value)
+
+
+# --- this machine ---
+
+
+def test_the_native_cpu_can_run_here() -> None:
+    native = load_target("cpu")
+    assert detect.missing_features(native.requires) == []
+    attributes = native.tvm_attributes()
+    assert attributes["mcpu"]
+    for feature in attributes.get("mattr", []):
+        names = [
+            name
+            for name, llvm in {**detect.X86_FEATURES, **detect.ARM_FEATURES}.items()
+            if llvm == feature[1:]
+        ]
+        assert (names[0] in detect.host_features()) == (feature[0] == "+")
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "features", "like"),
+    [
+        ("Linux", "x86_64", V4 | {"avx512_vnni"}, "x86-64-v4"),
+        ("Linux", "x86_64", V4 - {"avx512bw"}, "x86-64-v3"),
+        ("Linux", "x86_64", V3, "x86-64-v3"),
+        ("Darwin", "x86_64", V3, "x86-64-v3"),
+        ("Darwin", "arm64", frozenset(("asimd", "asimdhp", "asimddp")), "apple-m"),
+        ("Linux", "aarch64", frozenset(("asimd",)), "arm64"),
+    ],
+)
+def test_native_layout(cpu_with, system: str, machine: str, features: frozenset[str], like: str) -> None:
+    cpu_with(system, machine, features)
+    native, family = load_target("cpu"), load_target(like)
+    assert (native.limits, native.layout) == (family.limits, family.layout)
+    assert native.requires == tuple(sorted(features))
+
+
+def test_native_layout_of_an_old_cpu(cpu_with) -> None:
+    cpu_with("Linux", "x86_64", V3 - {"fma"})
+    native = load_target("cpu")
+    assert (native.limits.vector_bits, native.layout.rows) == (128, 8)
+
+
+@pytest.mark.parametrize(("features", "register"), [(V4, "zmm"), (V3, "ymm")])
+def test_hidden_features_are_not_used(
+    cpu_with, monkeypatch: pytest.MonkeyPatch, features, register: str
+) -> None:
+    """A Zen 5 in a virtual machine that hides AVX-512: LLVM's name for it promises AVX-512, and no
+    instruction may use it.
+    """
+    import tvm
+    from tvm import s_tir, te
+
+    cpu_with("Linux", "x86_64", features)
+    monkeypatch.setattr("tvm.target.codegen.llvm_get_system_cpu", lambda: "znver5")
+    a = te.placeholder((64,), "float32", "a")
+    schedule = s_tir.Schedule(te.create_prim_func([a, te.compute((64,), lambda i: a[i] * 2 + 1, "b")]))
+    (loop,) = schedule.get_loops(schedule.get_sblock("b"))
+    schedule.vectorize(schedule.split(loop, [None, 16])[1])
+    attributes = {**load_target("cpu").tvm_attributes(), "mtriple": "x86_64-unknown-linux-gnu"}
+    assembly = tvm.compile(schedule.mod, tvm.target.Target(attributes)).mod.inspect_source("asm")
+    assert next(name for name in ("zmm", "ymm") if name in assembly) == register
+
+
+def test_cpuinfo() -> None:
+    two = "processor : 0\nflags : fpu avx avx2 fma f16c\n\nprocessor : 1\nflags : fpu avx avx2 fma\n"
+    assert detect.cpuinfo_features(two) == {"avx", "avx2", "fma"}  # f16c is not on both
+    assert detect.cpuinfo_features("Features\t: fp asimd asimdhp crc32 sve") == {"asimd", "asimdhp", "sve"}
+    assert detect.cpuinfo_features("") == frozenset()
+    assert detect.intel_mac_features("FPU SSE4.2 AVX1.0 FMA F16C AVX2 BMI1") == {
+        "sse4_2",
+        "avx",
+        "fma",
+        "f16c",
+        "avx2",
+        "bmi1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpu", "name", "arch"),
+    [
+        ("cuda", Gpu("NVIDIA H200", "sm_90"), "h200", "sm_90"),
+        ("cuda", Gpu("NVIDIA A100-SXM4-80GB", "sm_80"), "a100", "sm_80"),
+        ("cuda", Gpu("NVIDIA A100-SXM4-40GB", "sm_80"), "cuda", "sm_80"),
+        ("cuda", Gpu("Tesla T4", "sm_75"), "t4", "sm_75"),
+        ("cuda", Gpu("NVIDIA GeForce RTX 3090 Ti", "sm_86"), "cuda", "sm_86"),
+        ("cuda", Gpu("NVIDIA GeForce RTX 5090", "sm_120"), "cuda", "sm_120"),
+        ("metal", Gpu("Apple M2 Ultra", ""), "m2-ultra", "apple-m2"),
+        ("metal", Gpu("Apple M4", ""), "metal", "apple-m1"),
+        ("rocm", Gpu("gfx942", "gfx942"), "gfx942", "gfx942"),
+        ("rocm", Gpu("sienna_cichlid", "gfx1030"), "rocm", "gfx1030"),
+    ],
+)
+def test_a_generic_target_becomes_the_gpu(kind: str, gpu: Gpu, name: str, arch: str) -> None:
+    target = as_gpu(load_target(kind), gpu)
+    assert (target.name, target.arch()) == (name, arch)
+    assert target.archs == ((arch,) if kind == "cuda" else ())
+    assert (target.peak is None) == (name == kind)
+    assert target.tvm_target().kind.name == kind
+
+
+def test_amd_waves() -> None:
+    waves = {
+        arch: as_gpu(load_target("rocm"), Gpu("?", arch)).tvm["thread_warp_size"]
+        for arch in ("gfx908", "gfx1030", "gfx1201")
+    }
+    assert waves == {"gfx908": 64, "gfx1030": 32, "gfx1201": 32}
+
+
+def test_specialise_only_what_is_generic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detect, "present_gpu", lambda kind: None)
+    assert specialise(load_target("cuda")) == load_target("cuda")
+    monkeypatch.setattr(detect, "present_gpu", lambda kind: Gpu("NVIDIA H200", "sm_90"))
+    assert specialise(load_target("cuda")).name == "h200"
+    assert specialise(load_target("a100")).name == "a100"
+
+
+def test_amd_gpu_from_the_kernel(tmp_path: Path) -> None:
+    for number, (name, version) in enumerate([("", "0"), ("aldebaran", "90010"), ("other", "110000")]):
+        node = tmp_path / str(number)
+        node.mkdir()
+        (node / "name").write_text(name + "\n")
+        (node / "properties").write_text(f"cpu_cores_count 0\ngfx_target_version {version}\n")
+    assert detect.amd_gpu(tmp_path) == Gpu("aldebaran", "gfx90a")
+    assert detect.amd_gpu(tmp_path / "absent") is None
+
+
+# --- the table ---
+
+
+def test_table_shows_every_target_and_fits_80_columns() -> None:
+    out = io.StringIO()
+    report.print_table(Console(file=out, width=80))
+    table, _, reasons = out.getvalue().partition("\n\n")
+    lines = table.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == list(NAMES)
+    assert all(len(line) <= 80 for line in lines)
+    assert [line.split()[-1] for line in lines if line.startswith("cpu ")] == ["yes"]
+    assert "4,800" in next(line for line in lines if line.startswith("h200"))
+    assert "…" not in table and reasons
+
+
+def test_listing_imports_no_compiler() -> None:
+    code = "import sys; from targets import report; report.print_table()"
+    code += "; assert not {'tvm', 'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=FOLDER.parent)
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detect, "present_gpu", lambda kind: None)
+    monkeypatch.setattr(cuda_toolkit, "find", lambda: None)
+    monkeypatch.setattr(rocm, "device_libraries", lambda: None)
+    assert "pip install 'gpt2-tvm[cuda]'" in report.runs_here(load_target("h200"))
+    assert report.runs_here(load_target("gfx90a")).startswith(
+        "needs: AMD's device libraries: apt install rocm-device-libs lld-22"
+    )
+    monkeypatch.setattr(detect, "present_gpu", lambda kind: Gpu("NVIDIA H200", "sm_90"))
+    assert report.runs_here(load_target("h200")).startswith("runs; to compile: CUDA 13 headers")
+    monkeypatch.setattr(toolchains, "missing", lambda target: None)
+    assert report.runs_here(load_target("h200")) == "yes"
+    assert report.runs_here(load_target("cuda")) == "yes: as h200, NVIDIA H200"
+    assert report.runs_here(load_target("a100")) == "compiles: the GPU here is NVIDIA H200 (sm_90)"
+
+
+def test_a_cpu_that_lacks_features_compiles_only(cpu_with) -> None:
+    cpu_with("Linux", "x86_64", V3)
+    assert report.runs_here(load_target("x86-64-v3")) in (
+        "yes",
+        f"needs: a C++ compiler to link with: {linker.HOW_TO_GET_ONE}",
+    )
+    assert report.runs_here(load_target("x86-64-v4")).startswith(
+        "compiles: this CPU has no avx512bw, avx512cd"
+    )

@@ -1,8 +1,9 @@
 """The attention call of the model: which kernels a target has, behind one interface.
 
-The model (`model.py`) says *append these keys and values, then attend*; here that becomes calls of the target's kernels.
-Everything a kernel must know about where the sequences stand comes as tensors on the device (`Rows`), never as shapes:
-so decode has only static shapes, and one step can be recorded once (a CUDA graph, a WebGPU command buffer) and replayed.
+The model (`model.py`) says *append these keys and values, then attend*; here that becomes calls of the target's
+kernels. Everything a kernel must know about where the sequences stand comes as tensors on the device (`Rows`), never as
+shapes: so decode has only static shapes, and one step can be recorded once (a CUDA graph, a WebGPU command buffer) and
+replayed.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from gpt2_tvm.kernels.spec import AttentionSpec
 class Rows:
     """Where the rows of one call stand; all int32 on the device.
 
-    positions [b]: tokens of each sequence already in the cache · lengths [b]: valid rows of this call, the rest is right padding
-    (0: the sequence takes no part) · tree [b, n]: for a tree of candidates, bit j of tree[b, t] says that row t sees row j ·
-    depths [b, n]: distance of row t from positions[b] in its branch (t itself for a chain, then None).
+    positions [b]: tokens of each sequence already in the cache · lengths [b]: valid rows of this call, the rest is
+    right padding (0: the sequence takes no part) · tree [b, n]: for a tree of candidates, bit j of tree[b, t] says that
+    row t sees row j · depths [b, n]: distance of row t from positions[b] in its branch (t itself for a chain, then
+    None).
     """
 
     positions: Tensor
@@ -42,9 +44,7 @@ class AttentionKernels(Protocol):
         """[b, n, 3*H*D] and the cache -> [b, n, H*D]."""
         ...
 
-    def keep(
-        self, spec: AttentionSpec, cache: Tensor, positions: Tensor, path: Tensor, lengths: Tensor
-    ) -> Tensor:
+    def keep(self, spec: AttentionSpec, cache: Tensor, positions: Tensor, path: Tensor, lengths: Tensor) -> Tensor:
         """Move the slots of one branch of a tree to the front, in place."""
         ...
 
@@ -69,9 +69,7 @@ class CpuKernels:
         from gpt2_tvm.kernels.cpu_cache import kv_append
 
         func = kv_append(spec)
-        return op.tensor_ir_inplace_op(
-            func, "kv_append", [qkv, rows.positions, rows.lengths, cache], 3, cache
-        )
+        return op.tensor_ir_inplace_op(func, "kv_append", [qkv, rows.positions, rows.lengths, cache], 3, cache)
 
     def attend(self, spec: AttentionSpec, qkv: Tensor, cache: Tensor, rows: Rows) -> Tensor:
         from gpt2_tvm.kernels.cpu_attention import attention
@@ -83,9 +81,7 @@ class CpuKernels:
         out = Tensor.placeholder([*qkv.shape[:2], spec.n_head * spec.head_dim], spec.dtype)
         return op.tensor_ir_op(func, name, [qkv, rows.positions, rows.lengths, cache, *extra], out)
 
-    def keep(
-        self, spec: AttentionSpec, cache: Tensor, positions: Tensor, path: Tensor, lengths: Tensor
-    ) -> Tensor:
+    def keep(self, spec: AttentionSpec, cache: Tensor, positions: Tensor, path: Tensor, lengths: Tensor) -> Tensor:
         from gpt2_tvm.kernels.cpu_cache import keep_branch
 
         func = keep_branch(spec, int(path.shape[0]), int(path.shape[1]))
@@ -115,8 +111,9 @@ class CpuKernels:
 class MaterializedAttention:
     """Plain attention for the rules to schedule: matmul, softmax, matmul, with the whole matrix of scores in memory.
 
-    Wraps a target's kernels: the append stays theirs. The key axis is the cache's capacity, masked by position, because the
-    position lives on the device and cannot be a shape; compile with --max-seq-len near the length in use for a fair comparison.
+    Wraps a target's kernels: the append stays theirs. The key axis is the cache's capacity, masked by position, because
+    the position lives on the device and cannot be a shape; compile with --max-seq-len near the length in use for a fair
+    comparison.
     """
 
     def __init__(self, kernels: AttentionKernels) -> None:
@@ -135,9 +132,7 @@ class MaterializedAttention:
                 return te.compute((b, H, n, D), lambda i, h, t, d: x[i, t, h * D + d], name=name)
             return te.compute((b, H, S, D), lambda i, h, s, d: x[part - 1, i, h, s, d], name=name)
 
-        def masked(
-            scores: te.Tensor, positions: te.Tensor, lengths: te.Tensor, *tree: te.Tensor
-        ) -> te.Tensor:
+        def masked(scores: te.Tensor, positions: te.Tensor, lengths: te.Tensor, *tree: te.Tensor) -> te.Tensor:
             def value(i: tirx.Var, h: tirx.Var, t: tirx.Var, s: tirx.Var) -> tirx.Expr:
                 pos = positions[i].astype("int64")
                 if tree:

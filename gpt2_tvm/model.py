@@ -1,11 +1,13 @@
 """GPT-2 in `relax.frontend.nn`, named as in Hugging Face.
 
-Shapes in comments: b sequences, n rows (tokens) of this call, E = n_embd, H heads of size D, V = vocabulary, S = cache capacity.
+Shapes in comments: b sequences, n rows (tokens) of this call, E = n_embd, H heads of size D, V = vocabulary, S = cache
+capacity.
 
-Where the study before us passed `total_seq_len` and a mask, every function here takes the *positions* of its sequences as an
-int32 tensor on the device and derives both from it inside the kernels. A length that is a shape makes every step a new shape: the
-host computes sizes between kernels and no step can be recorded. A length that is data leaves decode with static shapes only, so one
-step is one CUDA graph or one WebGPU command buffer, and sequences of one batch may stand at different positions.
+Where the study before us passed `total_seq_len` and a mask, every function here takes the *positions* of its sequences
+as an int32 tensor on the device and derives both from it inside the kernels. A length that is a shape makes every step
+a new shape: the host computes sizes between kernels and no step can be recorded. A length that is data leaves decode
+with static shapes only, so one step is one CUDA graph or one WebGPU command buffer, and sequences of one batch may
+stand at different positions.
 
 The KV cache is one tensor a layer, [2, b, H, S, D], updated in place.
 """
@@ -28,7 +30,8 @@ from gpt2_tvm.quantization.layers import Linear, Matrix, WeightLayout
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What the target and the user decide about a model: storage, layout, kernels, and the capacity of its cache in tokens."""
+    """What the target and the user decide about a model: storage, layout, kernels, and the capacity of its cache in
+    tokens."""
 
     scheme: Scheme
     layout: WeightLayout
@@ -70,8 +73,7 @@ class LayerNorm(nn.Module):
             return te.compute(
                 (b, n, E),
                 lambda i, t, e: (
-                    (x[i, t, e].astype(f32) - mean[i, t]) * rstd[i, t] * weight[e].astype(f32)
-                    + bias[e].astype(f32)
+                    (x[i, t, e].astype(f32) - mean[i, t]) * rstd[i, t] * weight[e].astype(f32) + bias[e].astype(f32)
                 ).astype(self.dtype),
                 name="normalised",
             )
@@ -138,7 +140,8 @@ class GPT2Model(nn.Module):
         self.n_positions, self.n_embd, self.dtype = config.n_positions, E, dtype
 
     def embed(self, ids: Tensor, rows: Rows) -> Tensor:
-        """[b, n] int32 -> [b, n, E]: the token's row plus its position's (positions[b] + t, or + its depth in a tree)."""
+        """[b, n] int32 -> [b, n, E]: the token's row plus its position's (positions[b] + t, or + its depth in a
+        tree)."""
         element = self.wte.layout.element
 
         def embed(
@@ -153,9 +156,7 @@ class GPT2Model(nn.Module):
             return te.compute((*ids.shape, self.n_embd), value, name="embedding")
 
         depths = [rows.depths] if rows.depths is not None else []
-        return op.tensor_expr_op(
-            embed, "embed", [ids, self.wte.weight, self.wpe.weight, rows.positions, *depths]
-        )
+        return op.tensor_expr_op(embed, "embed", [ids, self.wte.weight, self.wpe.weight, rows.positions, *depths])
 
     def forward(self, ids: Tensor, caches: list[Tensor], rows: Rows) -> Tensor:
         """[b, n] int32 -> hidden states [b, n, E], before the last LayerNorm."""
@@ -203,7 +204,8 @@ class GPT2LMHeadModel(nn.Module):
     def greedy(
         self, token: Tensor, positions: Tensor, history: Tensor, lengths: Tensor, caches: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One step of a greedy loop that stays on the device: token [B, 1], positions [B] and history [B, S] move on in place."""
+        """One step of a greedy loop that stays on the device: token [B, 1], positions [B] and history [B, S] move on in
+        place."""
         logits = self.decode(token, positions, lengths, caches)  # [B, 1, V]
         flat = op.reshape(logits, [token.shape[0], self.config.vocab_size])
         return self.kernels.greedy_advance(flat, token, positions, history)
@@ -220,15 +222,15 @@ class GPT2LMHeadModel(nn.Module):
         """[B, m] candidate tokens, a chain or a tree (`Rows`) -> logits [B, m, V] after each."""
         return self.logits(self.transformer(ids, caches, Rows(positions, lengths, tree, depths)))
 
-    def score(
-        self, ids: Tensor, targets: Tensor, positions: Tensor, lengths: Tensor, caches: list[Tensor]
-    ) -> Tensor:
-        """[b, n] ids and the ids that follow them -> log-probabilities [b, n] float32; the logits stay on the device."""
+    def score(self, ids: Tensor, targets: Tensor, positions: Tensor, lengths: Tensor, caches: list[Tensor]) -> Tensor:
+        """[b, n] ids and the ids that follow them -> log-probabilities [b, n] float32; the logits stay on the
+        device."""
         logits = self.logits(self.transformer(ids, caches, Rows(positions, lengths)))  # [b, n, V]
         return self.kernels.log_prob(logits, targets)
 
     def keep(self, positions: Tensor, path: Tensor, lengths: Tensor, caches: list[Tensor]) -> list[Tensor]:
-        """After a tree: slots positions[b] + path[b, :lengths[b]] become slots positions[b].. of every layer's cache, in place."""
+        """After a tree: slots positions[b] + path[b, :lengths[b]] become slots positions[b].. of every layer's cache,
+        in place."""
         specs = [block.attn.spec for block in self.transformer.h]
         return [self.kernels.keep(s, c, positions, path, lengths) for s, c in zip(specs, caches, strict=True)]
 
@@ -237,15 +239,14 @@ class GPT2LMHeadModel(nn.Module):
         return op.softmax(op.divide(logits, op.reshape(temperature, [temperature.shape[0], 1, 1])), axis=-1)
 
     def export_spec(self, batch_sizes: tuple[int, ...], verify_widths: tuple[int, ...]) -> nn.spec.ModuleSpec:
-        """The exported functions: symbolic b and n where the shape is the caller's, one static variant a batch size elsewhere."""
+        """The exported functions: symbolic b and n where the shape is the caller's, one static variant a batch size
+        elsewhere."""
         i32, S, V = "int32", self.options.capacity, self.config.vocab_size
         tensor = nn.spec.Tensor
 
         def caches(b: Any) -> list[nn.spec.Tensor]:
             D, H = self.config.head_dim, self.config.n_head
-            return [
-                tensor([2, b, H, S, D], self.options.scheme.compute_dtype) for _ in range(self.config.n_layer)
-            ]
+            return [tensor([2, b, H, S, D], self.options.scheme.compute_dtype) for _ in range(self.config.n_layer)]
 
         def method(name: str, **inputs: Any) -> nn.spec.MethodSpec:
             mode = "none" if name in ("keep", "softmax_with_temperature") else "packed"

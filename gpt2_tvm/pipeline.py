@@ -55,7 +55,8 @@ PHASES = ("1-exported", "2-graph", "3-fused", "4-scheduled", "5-lowered", "6-fin
 
 @dataclass
 class Lowered:
-    """What the pipeline leaves: the module after each stage that others look into, and which rule took which function."""
+    """What the pipeline leaves: the module after each stage that others look into, and which rule took which
+    function."""
 
     fused: tvm.IRModule
     scheduled: tvm.IRModule
@@ -75,8 +76,8 @@ def lower(
     upper_bounds: dict[str, dict[str, int]] | None = None,
     dump_ir: Path | None = None,
 ) -> Lowered:
-    """Run every phase. `upper_bounds`: for a function with symbolic sizes, the largest value of each, so that its memory is planned
-    once and never grows; `dump_ir`: a folder that gets the IR after each phase."""
+    """Run every phase. `upper_bounds`: for a function with symbolic sizes, the largest value of each, so that its
+    memory is planned once and never grows; `dump_ir`: a folder that gets the IR after each phase."""
     tvm_target = target.tvm_target()
 
     def dump(phase: int, mod: tvm.IRModule) -> None:
@@ -90,9 +91,7 @@ def lower(
         dump(1, mod)
         fused = _run(mod, FUSE)
         for name, bounds in (upper_bounds or {}).items():
-            fused.update_func(
-                fused.get_global_var(name), fused[name].with_attr("tir_var_upper_bound", bounds)
-            )
+            fused.update_func(fused.get_global_var(name), fused[name].with_attr("tir_var_upper_bound", bounds))
         dump(2, fused)
         scheduled, hits = apply_rules(fused, make_rules(rules, target), tvm_target)
         dump(3, scheduled)

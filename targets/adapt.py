@@ -12,16 +12,13 @@ from targets.load import list_targets
 
 
 def specialise(target: DeviceTarget) -> DeviceTarget:
-    """`target` for the GPU that is present: unchanged if it names a device already, or if there is no GPU of
-    its kind.
-    """
+    """`target` for the GPU that is present; unchanged if it names a device already or no GPU is there."""
     gpu = detect.present_gpu(target.kind) if target.generic else None
     return as_gpu(target, gpu) if gpu else target
 
 
 def as_gpu(target: DeviceTarget, gpu: Gpu) -> DeviceTarget:
-    """The generic `target` made into `gpu`: the named target that lists it, else `target` with the GPU's
-    architecture.
+    """The generic `target` as `gpu`: the named target that lists it, else with its architecture put in.
 
     The second has no peak rates (nobody has written them down), and keeps the name and the limits of the
     generic target, which every GPU of its kind meets.
@@ -39,8 +36,7 @@ def as_gpu(target: DeviceTarget, gpu: Gpu) -> DeviceTarget:
             archs=(gpu.arch,),
         )
     if target.kind == "rocm":
-        # GCN and CDNA (gfx9) run waves of 64 threads; RDNA (gfx10 and later) runs waves of 32 as LLVM
-        # compiles for it
+        # GCN and CDNA (gfx9) run waves of 64 threads; for RDNA (gfx10 and later) LLVM compiles waves of 32
         wave = 64 if gpu.arch.removeprefix("gfx")[:-2] == "9" else 32
         tvm = {**target.tvm, "mcpu": gpu.arch, "thread_warp_size": wave}
         return replace(target, description=description, generic=False, tvm=tvm)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from targets.device import DeviceTarget
 
 CPUINFO = Path("/proc/cpuinfo")
-AMD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
+SYS = Path("/sys")
 
 # Linux's name of a feature in /proc/cpuinfo, and LLVM's. Those that change what LLVM emits for our kernels.
 X86_FEATURES = {
@@ -37,9 +37,7 @@ ARM_FEATURES = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU that is present: its name as the driver reports it, and its architecture ("sm_90", "gfx1100", ""
-    for Metal).
-    """
+    """A GPU that is present: the driver's name for it, and its architecture ("sm_90"; "" for Metal)."""
 
     name: str
     arch: str
@@ -54,9 +52,7 @@ def host_features() -> frozenset[str]:
     if platform.system() == "Darwin":
         if platform.machine() == "arm64":  # every Apple M has these
             return frozenset(("asimd", "asimdhp", "asimddp", "asimdfhm"))
-        return intel_mac_features(
-            _sysctl("machdep.cpu.features") + " " + _sysctl("machdep.cpu.leaf7_features")
-        )
+        return intel_mac_features(_sysctl("machdep.cpu.features") + " " + _sysctl("machdep.cpu.leaf7_features"))
     try:
         return cpuinfo_features(CPUINFO.read_text())
     except OSError:
@@ -64,12 +60,8 @@ def host_features() -> frozenset[str]:
 
 
 def cpuinfo_features(text: str) -> frozenset[str]:
-    """The features that a /proc/cpuinfo lists for all its processors (the cores of one machine may
-    differ).
-    """
-    lines = [
-        line.partition(":")[2].split() for line in text.splitlines() if line.startswith(("flags", "Features"))
-    ]
+    """The features that a /proc/cpuinfo lists for all its processors (cores may differ)."""
+    lines = [line.partition(":")[2].split() for line in text.splitlines() if line.startswith(("flags", "Features"))]
     known = X86_FEATURES.keys() | ARM_FEATURES.keys()
     return frozenset(set.intersection(*map(set, lines)) & known) if lines else frozenset()
 
@@ -81,9 +73,7 @@ def intel_mac_features(text: str) -> frozenset[str]:
 
 
 def missing_features(requires: Iterable[str]) -> list[str]:
-    """Those of `requires` (a manifest's list) that this CPU lacks, sorted. Code that needs one of them would
-    kill the process.
-    """
+    """Those of `requires` that this CPU lacks, sorted. An instruction of theirs would kill the process."""
     return sorted(set(requires) - host_features())
 
 
@@ -94,8 +84,7 @@ def cpu_family(families: Sequence[DeviceTarget]) -> DeviceTarget | None:
     here = this_platform()
     for family in families:
         there = platform_of(str(family.tvm["mtriple"]))
-        # x86 is x86 on any system; arm64 stands for Linux and apple-m for macOS, whose calling conventions
-        # differ
+        # x86 is x86 on any system; of the Arm families one is for Linux and one for macOS
         same = there.arch == here.arch and (here.arch == "x86_64" or there.system == here.system)
         if same and not missing_features(family.requires):
             return family
@@ -103,12 +92,11 @@ def cpu_family(families: Sequence[DeviceTarget]) -> DeviceTarget | None:
 
 
 def native_attributes() -> dict[str, Any]:
-    """LLVM's name for this CPU ("mcpu") and, where the system tells, each feature it has or lacks ("mattr").
-    Imports TVM.
+    """LLVM's name for this CPU ("mcpu") and each feature that it has or lacks ("mattr"). Imports TVM.
 
-    The name alone is not enough: LLVM takes AMD's from the model number and believes that all of the model's
-        features are
-    there, while a virtual machine may hide AVX-512, and the first such instruction would kill the process.
+    The name alone is not enough: LLVM takes AMD's from the model number and believes that all features of
+    the model are there, while a virtual machine may hide AVX-512, and the first such instruction would kill
+    the process.
     """
     from tvm.target.codegen import llvm_get_system_cpu
 
@@ -125,7 +113,7 @@ def present_gpu(kind: str) -> Gpu | None:
     if kind == "cuda":
         return nvidia_gpu()
     if kind == "rocm":
-        return amd_gpu(AMD_NODES)
+        return amd_gpu(SYS)
     if kind == "metal" and platform.system() == "Darwin" and platform.machine() == "arm64":
         return Gpu(_sysctl("machdep.cpu.brand_string"), "")
     return None
@@ -151,27 +139,33 @@ def nvidia_gpu() -> Gpu | None:
     return Gpu(name.value.decode(errors="replace"), f"sm_{major.value}{minor.value}")
 
 
-def amd_gpu(nodes: Path) -> Gpu | None:
-    """The first GPU that Linux's amdgpu driver shows under `nodes`; needs no part of ROCm."""
-    for node in sorted(nodes.glob("*"), key=lambda path: path.name.zfill(4)):
-        try:
-            lines = (node / "properties").read_text().splitlines()
-            properties = dict(line.split(maxsplit=1) for line in lines if " " in line)
-            version = int(properties.get("gfx_target_version", 0))
-            name = (node / "name").read_text().strip()
-        except (OSError, ValueError):
-            continue
+def amd_gpu(sys: Path) -> Gpu | None:
+    """The first GPU that Linux's amdgpu driver shows under `sys` (/sys); needs no part of ROCm.
+
+    Its name is the product's where the board tells it, else the driver's, which often stands for many
+    products.
+    """
+    nodes = (sys / "class" / "kfd" / "kfd" / "topology" / "nodes").glob("*")
+    for node in sorted(nodes, key=lambda path: path.name.zfill(4)):
+        lines = _text(node / "properties").splitlines()
+        properties = dict(line.split(maxsplit=1) for line in lines if " " in line)
+        version = int(properties.get("gfx_target_version", "0"))
         if version:  # 90402 is 9.4.2; CPUs have 0. gfx names write minor version and stepping in hexadecimal.
-            major, minor, stepping = version // 10000, version // 100 % 100, version % 100
-            arch = f"gfx{major}{minor:x}{stepping:x}"
-            return Gpu(name or arch, arch)
+            arch = f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"
+            card = sys / "class" / "drm" / f"renderD{properties.get('drm_render_minor', '')}"
+            return Gpu(_text(card / "device" / "product_name") or _text(node / "name") or arch, arch)
     return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _sysctl(name: str) -> str:
     try:
-        return subprocess.run(
-            ["sysctl", "-n", name], capture_output=True, text=True, timeout=5
-        ).stdout.strip()
+        return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=5).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""

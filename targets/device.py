@@ -1,6 +1,4 @@
-"""The parts of a target. Nothing here reads files or imports TVM before `DeviceTarget.tvm_target` is
-called.
-"""
+"""The parts of a target. Nothing here reads files, and only methods that say so import TVM."""
 
 from __future__ import annotations
 
@@ -37,8 +35,7 @@ class Layout:
     """How a linear weight [N, K] lies in memory.
 
     Attributes:
-        weight: "rows", plain [N, K]; or "packed", panels of `rows` rows, [N / rows, K, rows], as the CPU's
-            kernels read it.
+        weight: "rows", plain [N, K]; or "packed" for the CPU, panels of `rows` rows: [N / rows, K, rows].
         rows: rows of the weight in one panel (NR: two vector registers of float32), for "packed".
         tile_rows: rows of the activation in one register tile (MR), for "packed".
     """
@@ -54,10 +51,8 @@ class Peak:
 
     Attributes:
         bandwidth_gb_s: memory bandwidth, 10^9 bytes a second.
-        fp32_tflops: float32 arithmetic outside matrix units, 10^12 operations a second (a multiply-add is
-            two).
-        fp16_tflops: float16 arithmetic, in the matrix units (dense, float32 accumulation) where there are
-            any.
+        fp32_tflops: float32 outside matrix units, 10^12 operations a second (a multiply-add is two).
+        fp16_tflops: float16, in matrix units (dense, float32 accumulation) where there are any.
         source: the document that says so.
     """
 
@@ -78,7 +73,8 @@ class DeviceTarget:
         tvm: the attributes of TVM's target, as `tvm.target.Target` takes them. For the native CPU without the
             processor's name and features, which TVM's LLVM knows: `tvm_attributes` adds them.
         host: the attributes of the host's target (GPUs), or None: plain code for the machine that compiles.
-        export: the form of the library: "so", or "tar" (unlinked objects).
+        export: the form of the library: "so" (linked; .dylib for macOS), or "tar" (objects that TVM links
+            where it loads them).
         rules: names of the schedule rules, in the order in which they are tried.
         limits, layout, peak: see there. `peak` is None for what stands for many devices.
         archs: CUDA architectures that the library carries code for; empty for other kinds.
@@ -108,9 +104,7 @@ class DeviceTarget:
     path: Path = field(compare=False)
 
     def tvm_attributes(self) -> dict[str, Any]:
-        """`tvm`, for the native CPU with LLVM's name for this processor and the features it really has.
-        Imports TVM then.
-        """
+        """`tvm`, for the native CPU with its name and features filled in (that imports TVM)."""
         if not self.native:
             return dict(self.tvm)
         from targets.detect import native_attributes
@@ -131,9 +125,7 @@ class DeviceTarget:
                 return Target(target, host=target)
             return Target(self.tvm_attributes(), host=Target(self.host or {"kind": "llvm"}))
         except Exception as error:
-            lines = [line for line in str(error).strip().splitlines() if line.strip()] or [
-                type(error).__name__
-            ]
+            lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
             raise UserError(
                 f"{self.path}: TVM does not accept the attributes in [tvm] or [host]: {lines[-1].strip()}"
             ) from error
@@ -143,9 +135,7 @@ class DeviceTarget:
         return (self.tvm if self.kind == "cpu" else self.host or {}).get("mtriple")
 
     def arch(self) -> str:
-        """What the code is for, in the vendor's words: "sm_90", "gfx942", "apple-m1", ..., "" if the kind has
-        no such name.
-        """
+        """What the code is for, in the vendor's words: "sm_90", "gfx942", "apple-m1"; "" for webgpu."""
         if self.kind in ("cuda", "rocm", "cpu"):
             return str(self.tvm.get("arch") or self.tvm.get("mcpu") or ("native" if self.native else ""))
         return str((self.host or {}).get("mcpu", "")) if self.kind == "metal" else ""

@@ -26,8 +26,7 @@ NAMES = (
     "webgpu",
     *("rocm", "gfx90a", "gfx942", "gfx1100"),
 )
-# TVM's attributes that say the same as a limit. Both are in a file because they have different readers; they
-# must agree.
+# TVM's attributes that say the same as a limit. They have different readers, and must agree.
 _SAME = {
     "max_threads_per_block": "threads_per_block",
     "max_num_threads": "threads_per_block",
@@ -40,12 +39,10 @@ def load_target(name_or_path: str | os.PathLike[str]) -> DeviceTarget:
     """The target of this name, or in this file.
 
     Args:
-        name_or_path: a name as in `NAMES`, in any case, or the path of a TOML file (it ends in .toml or holds
-            a slash).
+        name_or_path: a name as in `NAMES`, in any case, or a path (it ends in .toml or holds a slash).
 
     Raises:
-        UserError: no such target or file; a file that is not TOML, lacks a key, has one too many, or one of a
-            wrong type.
+        UserError: no such target or file; not TOML; a key missing, unknown, or of a wrong type.
     """
     text = os.fspath(name_or_path)
     if text.endswith(".toml") or os.sep in text:
@@ -55,8 +52,7 @@ def load_target(name_or_path: str | os.PathLike[str]) -> DeviceTarget:
         close = difflib.get_close_matches(text.lower(), _names(), n=3, cutoff=0.5)
         guess = f"did you mean {' or '.join(close)}? " if close else ""
         raise UserError(
-            f"no target is called {text!r}; {guess}--list-targets lists all, "
-            "and a path to a .toml file works too"
+            f"no target is called {text!r}; {guess}--list-targets lists all, and a path to a .toml file works too"
         )
     return _parse(path)
 
@@ -75,9 +71,7 @@ def _parse(path: Path) -> DeviceTarget:
     top = reader.read(path)
     name = top.text("name")
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
-        top.fail(
-            f"name must be of a-z, 0-9, dot, dash and underscore (folders are named after it), not {name!r}"
-        )
+        top.fail(f"name must be of a-z, 0-9, dot, dash and underscore (folders are named after it), not {name!r}")
     kind = top.one_of("kind", KINDS)
     native = top.flag("native")
     if native and kind != "cpu":
@@ -86,9 +80,7 @@ def _parse(path: Path) -> DeviceTarget:
     limits, layout = _limits(top, kind), _layout(top, kind)
     requires = top.texts("requires", ())
     if native and (
-        family := detect.cpu_family(
-            [load_target(known) for known in ("x86-64-v4", "x86-64-v3", "apple-m", "arm64")]
-        )
+        family := detect.cpu_family([load_target(known) for known in ("x86-64-v4", "x86-64-v3", "apple-m", "arm64")])
     ):
         limits, layout = family.limits, family.layout
     target = DeviceTarget(
@@ -145,9 +137,7 @@ def _attributes(table: reader.Table) -> dict[str, Any]:
             isinstance(value, list) and all(isinstance(item, str) for item in value)
         )
         if not plain:
-            table.fail(
-                f"{key} must be a string, a whole number, true, false or a list of strings, not {value!r}"
-            )
+            table.fail(f"{key} must be a string, a whole number, true, false or a list of strings, not {value!r}")
     return values
 
 
@@ -155,9 +145,7 @@ def _limits(top: reader.Table, kind: str) -> Limits:
     table = top.table("limits", required=True)
     assert table is not None
     if kind == "cpu":
-        limits = Limits(
-            vector_bits=table.count("vector_bits"), vector_registers=table.count("vector_registers")
-        )
+        limits = Limits(vector_bits=table.count("vector_bits"), vector_registers=table.count("vector_registers"))
     else:
         limits = Limits(
             threads_per_block=table.count("threads_per_block"),
@@ -174,11 +162,7 @@ def _layout(top: reader.Table, kind: str) -> Layout:
     weight = table.one_of("weight", ("rows", "packed"))
     if weight == "packed" and kind != "cpu":
         table.fail(f'weight "packed" is what the CPU kernels read; for {kind} it must be "rows"')
-    layout = (
-        Layout(weight, table.count("rows"), table.count("tile_rows"))
-        if weight == "packed"
-        else Layout(weight)
-    )
+    layout = Layout(weight, table.count("rows"), table.count("tile_rows")) if weight == "packed" else Layout(weight)
     table.finish()
     return layout
 

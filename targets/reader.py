@@ -1,6 +1,4 @@
-"""Reading one TOML table with types checked, so that a mistake in a file is one line that names the file and
-the key.
-"""
+"""Reading TOML with types checked, so that a mistake in a file is one line that names file and key."""
 
 from __future__ import annotations
 
@@ -37,8 +35,8 @@ class Table:
         raise UserError(f"{self._path}:{where} {what}")
 
     def take(self, key: str, types: type | tuple[type, ...], wanted: str, default: Any = ...) -> Any:
-        """The value of `key`, of one of `types` (`wanted` says it in words); `default` where it is absent, if
-        there is one.
+        """The value of `key`, of one of `types` (`wanted` in words); `default`, if there is one, where
+        absent.
         """
         self._known.append(key)
         if key not in self._values:

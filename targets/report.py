@@ -1,6 +1,4 @@
-"""What this machine can do with each target, as text and as the table of `compile --list-targets`. Imports no
-TVM.
-"""
+"""What this machine can do with each target: the table of `compile --list-targets`. Imports no TVM."""
 
 from __future__ import annotations
 
@@ -36,9 +34,7 @@ def runs_here(target: DeviceTarget) -> str:
 
 def _running(target: DeviceTarget) -> tuple[str | None, str]:
     """(why `target` cannot run on this machine or None, how it runs)."""
-    return {"cpu": _cpu, "cuda": _cuda, "metal": _metal, "webgpu": _webgpu, "rocm": _rocm}[target.kind](
-        target
-    )
+    return {"cpu": _cpu, "cuda": _cuda, "metal": _metal, "webgpu": _webgpu, "rocm": _rocm}[target.kind](target)
 
 
 def _cpu(target: DeviceTarget) -> tuple[str | None, str]:
@@ -46,11 +42,7 @@ def _cpu(target: DeviceTarget) -> tuple[str | None, str]:
 
     there, here = cpu.platform(target), linker.this_platform()
     if there != here:
-        form = (
-            "a library"
-            if linker.find_linker(there)
-            else "objects in a tar (a library with `pip install ziglang`)"
-        )
+        form = "a library" if linker.find_linker(there) else "objects in a tar (a library with `pip install ziglang`)"
         return f"{form} for {there.system} on {there.arch}", ""
     lacking = detect.missing_features(target.requires)
     return (f"this CPU has no {', '.join(lacking)}" if lacking else None), ""

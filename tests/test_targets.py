@@ -1,6 +1,4 @@
-"""Targets as data: every file loads and suits TVM, mistakes in a file are one line, and this machine is read
-right.
-"""
+"""Targets as data: every file suits TVM, mistakes are one line, and this machine is read right."""
 
 from __future__ import annotations
 
@@ -84,9 +82,7 @@ def test_rules_by_kind() -> None:
 
 
 def test_register_tiles_fit_the_registers() -> None:
-    """Accumulators, one row of weights and one broadcast activation have to stay in registers through the
-    inner loop.
-    """
+    """Accumulators, one row of weights and one activation stay in registers through the inner loop."""
     for target in list_targets():
         if target.kind != "cpu":
             assert target.layout == targets.Layout("rows")
@@ -98,12 +94,8 @@ def test_register_tiles_fit_the_registers() -> None:
 
 
 def test_peak_rates_name_their_source() -> None:
-    named = [
-        target for target in list_targets() if target.kind in ("cuda", "metal", "rocm") and not target.generic
-    ]
-    assert all(
-        target.peak and target.peak.bandwidth_gb_s and len(target.peak.source) > 20 for target in named
-    )
+    named = [target for target in list_targets() if target.kind in ("cuda", "metal", "rocm") and not target.generic]
+    assert all(target.peak and target.peak.bandwidth_gb_s and len(target.peak.source) > 20 for target in named)
     assert all(target.peak is None for target in list_targets() if target not in named)
 
 
@@ -202,9 +194,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("name", "old", "new", "message"), MISTAKES)
-def test_mistakes_are_one_line_that_names_file_and_key(
-    changed, name: str, old: str, new: str, message: str
-) -> None:
+def test_mistakes_are_one_line_that_names_file_and_key(changed, name: str, old: str, new: str, message: str) -> None:
     path = changed(name, old, new)
     with pytest.raises(UserError) as error:
         load_target(path)
@@ -234,11 +224,7 @@ def test_the_native_cpu_can_run_here() -> None:
     attributes = native.tvm_attributes()
     assert attributes["mcpu"]
     for feature in attributes.get("mattr", []):
-        names = [
-            name
-            for name, llvm in {**detect.X86_FEATURES, **detect.ARM_FEATURES}.items()
-            if llvm == feature[1:]
-        ]
+        names = [name for name, llvm in {**detect.X86_FEATURES, **detect.ARM_FEATURES}.items() if llvm == feature[1:]]
         assert (names[0] in detect.host_features()) == (feature[0] == "+")
 
 
@@ -267,9 +253,7 @@ def test_native_layout_of_an_old_cpu(cpu_with) -> None:
 
 
 @pytest.mark.parametrize(("features", "register"), [(V4, "zmm"), (V3, "ymm")])
-def test_hidden_features_are_not_used(
-    cpu_with, monkeypatch: pytest.MonkeyPatch, features, register: str
-) -> None:
+def test_hidden_features_are_not_used(cpu_with, monkeypatch: pytest.MonkeyPatch, features, register: str) -> None:
     """A Zen 5 in a virtual machine that hides AVX-512: LLVM's name for it promises AVX-512, and no
     instruction may use it.
     """
@@ -313,7 +297,8 @@ def test_cpuinfo() -> None:
         ("cuda", Gpu("NVIDIA GeForce RTX 5090", "sm_120"), "cuda", "sm_120"),
         ("metal", Gpu("Apple M2 Ultra", ""), "m2-ultra", "apple-m2"),
         ("metal", Gpu("Apple M4", ""), "metal", "apple-m1"),
-        ("rocm", Gpu("gfx942", "gfx942"), "gfx942", "gfx942"),
+        ("rocm", Gpu("aldebaran", "gfx90a"), "gfx90a", "gfx90a"),
+        ("rocm", Gpu("ip discovery", "gfx1100"), "rocm", "gfx1100"),  # XTX or XT: no peak rate can be named
         ("rocm", Gpu("sienna_cichlid", "gfx1030"), "rocm", "gfx1030"),
     ],
 )
@@ -342,11 +327,21 @@ def test_specialise_only_what_is_generic(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_amd_gpu_from_the_kernel(tmp_path: Path) -> None:
-    for number, (name, version) in enumerate([("", "0"), ("aldebaran", "90010"), ("other", "110000")]):
-        node = tmp_path / str(number)
-        node.mkdir()
+    nodes = tmp_path / "class" / "kfd" / "kfd" / "topology" / "nodes"
+    for number, (name, version) in enumerate([("", 0), ("ip discovery", 90402), ("aldebaran", 90010)]):
+        node = nodes / str(number)
+        node.mkdir(parents=True)
         (node / "name").write_text(name + "\n")
-        (node / "properties").write_text(f"cpu_cores_count 0\ngfx_target_version {version}\n")
+        lines = ["cpu_cores_count 0", f"gfx_target_version {version}", f"drm_render_minor {127 + number}"]
+        (node / "properties").write_text("\n".join(lines))
+    assert detect.amd_gpu(tmp_path) == Gpu("ip discovery", "gfx942")
+    product = tmp_path / "class" / "drm" / "renderD128" / "device" / "product_name"
+    product.parent.mkdir(parents=True)
+    product.write_text("AMD Instinct MI300X OAM\n")
+    gpu = detect.amd_gpu(tmp_path)
+    assert gpu == Gpu("AMD Instinct MI300X OAM", "gfx942")
+    assert as_gpu(load_target("rocm"), gpu).name == "gfx942"
+    (nodes / "1" / "properties").unlink()
     assert detect.amd_gpu(tmp_path) == Gpu("aldebaran", "gfx90a")
     assert detect.amd_gpu(tmp_path / "absent") is None
 
@@ -375,11 +370,9 @@ def test_listing_imports_no_compiler() -> None:
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detect, "present_gpu", lambda kind: None)
     monkeypatch.setattr(cuda_toolkit, "find", lambda: None)
-    monkeypatch.setattr(rocm, "device_libraries", lambda: None)
+    monkeypatch.setattr(rocm, "find_lld", lambda: None)
     assert "pip install 'gpt2-tvm[cuda]'" in report.runs_here(load_target("h200"))
-    assert report.runs_here(load_target("gfx90a")).startswith(
-        "needs: AMD's device libraries: apt install rocm-device-libs lld-22"
-    )
+    assert report.runs_here(load_target("gfx90a")).startswith("needs: lld of LLVM 22 or later: apt install lld-22")
     monkeypatch.setattr(detect, "present_gpu", lambda kind: Gpu("NVIDIA H200", "sm_90"))
     assert report.runs_here(load_target("h200")).startswith("runs; to compile: CUDA 13 headers")
     monkeypatch.setattr(toolchains, "missing", lambda target: None)
@@ -394,6 +387,4 @@ def test_a_cpu_that_lacks_features_compiles_only(cpu_with) -> None:
         "yes",
         f"needs: a C++ compiler to link with: {linker.HOW_TO_GET_ONE}",
     )
-    assert report.runs_here(load_target("x86-64-v4")).startswith(
-        "compiles: this CPU has no avx512bw, avx512cd"
-    )
+    assert report.runs_here(load_target("x86-64-v4")).startswith("compiles: this CPU has no avx512bw, avx512cd")

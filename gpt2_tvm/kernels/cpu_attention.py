@@ -1,11 +1,13 @@
-"""Attention for CPUs: one TIR kernel for prefill, decode and verify, vectorised over the head, heads and rows in parallel.
+"""Attention for CPUs: one TIR kernel for prefill, decode and verify, vectorised over the head, heads and rows in
+parallel.
 
-Layouts: ``qkv`` [b, n, 3*H*D] holds q | k | v; ``cache`` [2, b, H, S, D] holds keys (0) and values (1), the rows of this call
-already appended; ``positions`` [b] int32 counts the tokens cached before this call, ``lengths`` [b] int32 the valid rows of
-this call (the rest is right padding, answered with zeros).
+Layouts: ``qkv`` [b, n, 3*H*D] holds q | k | v; ``cache`` [2, b, H, S, D] holds keys (0) and values (1), the rows of
+this call already appended; ``positions`` [b] int32 counts the tokens cached before this call, ``lengths`` [b] int32 the
+valid rows of this call (the rest is right padding, answered with zeros).
 
-The softmax is the online one (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", section 3; Dao et al.
-2022, "FlashAttention", algorithm 1): one pass over the keys in blocks with a running maximum and sum, never a matrix of scores.
+The softmax is the online one (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", section 3; Dao
+et al. 2022, "FlashAttention", algorithm 1): one pass over the keys in blocks with a running maximum and sum, never a
+matrix of scores.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ def _fold_max(values, lanes):
 def attention(spec: AttentionSpec, simd_bits: int, tree: bool = False) -> tirx.PrimFunc:
     """(qkv, positions, lengths, cache[, tree]) -> out [b, n, H*D].
 
-    Row t of sequence i attends to the slots 0..positions[i]+t; with ``tree`` ([b, n] int32) to the slots below positions[i] and
-    to slot positions[i]+j where bit j of tree[i, t] is set (n <= 32).
+    Row t of sequence i attends to the slots 0..positions[i]+t; with ``tree`` ([b, n] int32) to the slots below
+    positions[i] and to slot positions[i]+j where bit j of tree[i, t] is set (n <= 32).
     """
     H, D, S, dtype, scale = spec.n_head, spec.head_dim, spec.capacity, spec.dtype, spec.scale
     lanes = vector_lanes(D, simd_bits)

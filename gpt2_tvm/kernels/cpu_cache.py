@@ -12,7 +12,8 @@ from gpt2_tvm.kernels.spec import AttentionSpec
 
 @cache
 def kv_append(spec: AttentionSpec) -> tirx.PrimFunc:
-    """(qkv, positions, lengths, cache in place): row t < lengths[b] goes to slot positions[b] + t, never outside the capacity."""
+    """(qkv, positions, lengths, cache in place): row t < lengths[b] goes to slot positions[b] + t, never outside the
+    capacity."""
     H, D, S, dtype = spec.n_head, spec.head_dim, spec.capacity, spec.dtype
 
     # fmt: off
@@ -39,7 +40,8 @@ def kv_append(spec: AttentionSpec) -> tirx.PrimFunc:
 
 @cache
 def keep_branch(spec: AttentionSpec, batch: int, width: int) -> tirx.PrimFunc:
-    """(cache in place, positions [B], path [B, width], lengths [B]): slot positions[b] + path[b, j] moves to positions[b] + j.
+    """(cache in place, positions [B], path [B, width], lengths [B]): slot positions[b] + path[b, j] moves to
+    positions[b] + j.
 
     path[b] increases strictly, so path[b, j] >= j and moving in order never overwrites a slot that is still needed.
     """

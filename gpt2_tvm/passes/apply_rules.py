@@ -16,15 +16,12 @@ OURS, NONE = "ours", "none"
 
 def is_scheduled(func: Any) -> bool:
     """Whether a PrimFunc comes with its schedule (our kernels, or one that a rule has taken already)."""
-    return bool(
-        func.attrs is not None and "tirx.is_scheduled" in func.attrs and func.attrs["tirx.is_scheduled"]
-    )
+    return bool(func.attrs is not None and "tirx.is_scheduled" in func.attrs and func.attrs["tirx.is_scheduled"])
 
 
-def apply_rules(
-    mod: tvm.IRModule, rules: Sequence[tuple[str, Any]], target: Target
-) -> tuple[tvm.IRModule, list[Hit]]:
-    """Ask each rule in turn for every unscheduled PrimFunc of `mod`; returns the new module and a Hit a PrimFunc, in name order.
+def apply_rules(mod: tvm.IRModule, rules: Sequence[tuple[str, Any]], target: Target) -> tuple[tvm.IRModule, list[Hit]]:
+    """Ask each rule in turn for every unscheduled PrimFunc of `mod`; returns the new module and a Hit a PrimFunc, in
+    name order.
 
     A rule that raises ends the compilation: the error names the rule and the function.
     """

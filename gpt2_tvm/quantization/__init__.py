@@ -15,7 +15,8 @@ from gpt2_tvm.errors import UserError
 
 @dataclass(frozen=True)
 class Scheme:
-    """weight_dtype: how linear weights and tables are stored · compute_dtype: activations and KV cache (accumulation is float32)."""
+    """weight_dtype: how linear weights and tables are stored · compute_dtype: activations and KV cache (accumulation is
+    float32)."""
 
     name: str
     weight_dtype: str

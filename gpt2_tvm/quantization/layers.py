@@ -1,7 +1,8 @@
 """Linear layers and token tables for each layout of a weight.
 
 `rows`: [N, K] as in PyTorch; the product becomes NT_matmul, which DLight's GEMV and Matmul take.
-`packed`: panels [ceil(N/NR), K, NR] (`kernels/packed_linear.py`): a CPU streams it once, a vector register wide, for one row or many.
+`packed`: panels [ceil(N/NR), K, NR] (`kernels/packed_linear.py`): a CPU streams it once, a vector register wide, for
+one row or many.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from gpt2_tvm.quantization import Scheme
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """panel_rows: NR of the packed layout, 0 for plain rows · fast_math: vectorisable activations instead of libm calls (CPUs)."""
+    """panel_rows: NR of the packed layout, 0 for plain rows · fast_math: vectorisable activations instead of libm calls
+    (CPUs)."""
 
     panel_rows: int = 0
     fast_math: bool = False
@@ -55,13 +57,12 @@ class Matrix(nn.Module):
         if not self.layout.panel_rows:
             return op.matmul(x, op.permute_dims(self.weight), out_dtype="float32")
         out_features = self.out_features
-        return op.tensor_expr_op(
-            lambda x, w: packed_matmul(x, w, out_features), "packed_matmul", [x, self.weight]
-        )
+        return op.tensor_expr_op(lambda x, w: packed_matmul(x, w, out_features), "packed_matmul", [x, self.weight])
 
 
 class Linear(Matrix):
-    """y = activation(x W^T + bias) [+ residual]: accumulated, biased and activated in float32, then stored as computed dtype."""
+    """y = activation(x W^T + bias) [+ residual]: accumulated, biased and activated in float32, then stored as computed
+    dtype."""
 
     def __init__(self, in_features: int, out_features: int, scheme: Scheme, layout: WeightLayout) -> None:
         super().__init__(in_features, out_features, scheme, layout)
@@ -73,9 +74,7 @@ class Linear(Matrix):
         y = op.add(self.product(x), self.bias.astype("float32"))
         if activation is not None:
             fast = self.layout.fast_math
-            y = op.tensor_expr_op(
-                lambda y: _elementwise(y, lambda v: activate(activation, v, fast)), activation, [y]
-            )
+            y = op.tensor_expr_op(lambda y: _elementwise(y, lambda v: activate(activation, v, fast)), activation, [y])
         if residual is not None:
             y = op.add(y, residual.astype("float32"))
         return y.astype(self.dtype)

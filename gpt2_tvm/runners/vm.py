@@ -50,9 +50,7 @@ class VmRunner:
     def download(self, tensor: Handle) -> np.ndarray:
         return tensor.numpy()
 
-    def call(
-        self, function: str, inputs: Sequence[Handle | Sequence[Handle]], with_params: bool = True
-    ) -> Any:
+    def call(self, function: str, inputs: Sequence[Handle | Sequence[Handle]], with_params: bool = True) -> Any:
         if function not in self._functions:
             self._functions[function] = self._vm[function]
         arguments = [self._tuple(x) if isinstance(x, list) else x for x in inputs]

@@ -1,4 +1,5 @@
-"""Schedule rules by name, and sets of rules as users write them: full, stock, baseline, only-x, without-x, or a list."""
+"""Schedule rules by name, and sets of rules as users write them: full, stock, baseline, only-x, without-x, or a
+list."""
 
 from __future__ import annotations
 
@@ -70,8 +71,8 @@ RULES: dict[str, Callable[[DeviceTarget], Any]] = {
 def rule_set(text: str, target: DeviceTarget) -> tuple[str, ...]:
     """Rule names, in order, that `text` means on `target`.
 
-    full: the target's list · stock: DLight's own · baseline: Fallback alone (no rule on a CPU) · only-x: x and Fallback ·
-    without-x: full less x · a,b,c: these (Fallback is added on GPUs, where every function must be bound to threads).
+    full: the target's list · stock: DLight's own · baseline: Fallback alone (no rule on a CPU) · only-x: x and Fallback
+    · without-x: full less x · a,b,c: these (Fallback is added on GPUs, where every function must be bound to threads).
     """
     full = tuple(target.rules)
     gpu = target.kind != "cpu"
@@ -82,9 +83,7 @@ def rule_set(text: str, target: DeviceTarget) -> tuple[str, ...]:
         if name not in RULES:
             raise UserError(f"unknown rule {name!r} in --rules {text}; choose {choices}")
         if gpu == name.startswith(("cpu-", "dlight-cpu-")):
-            raise UserError(
-                f"rule {name!r} is not for {target.kind} targets; this target has {', '.join(full)}"
-            )
+            raise UserError(f"rule {name!r} is not for {target.kind} targets; this target has {', '.join(full)}")
         return name
 
     if text == "full":
@@ -111,7 +110,8 @@ def rule_set(text: str, target: DeviceTarget) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Hit:
-    """Which rule took a function: its registry name, `ours` for kernels that come scheduled, `none` where no rule wanted it."""
+    """Which rule took a function: its registry name, `ours` for kernels that come scheduled, `none` where no rule
+    wanted it."""
 
     function: str
     rule: str

@@ -37,9 +37,7 @@ def of(kind: str) -> ModuleType:
 
 
 def missing(target: DeviceTarget) -> str | None:
-    """What this machine lacks to compile for `target`, as "what; how to get it", or None when all is there.
-    Fast, without TVM.
-    """
+    """What this machine lacks to compile for `target`, as "what: how to get it", or None. Needs no TVM."""
     return of(target.kind).missing(target)
 
 
@@ -53,8 +51,7 @@ def prepare(target: DeviceTarget) -> None:
 
 
 def compiling(target: DeviceTarget) -> AbstractContextManager[Any]:
-    """Inside this context `tvm.compile` builds device code for `target`; it yields the `tvm.target.Target` to
-    build with.
+    """Inside this context `tvm.compile` builds for `target`; it yields the `tvm.target.Target` to give it.
 
     What the context changes (callbacks registered with TVM, the current target) is put back at its end.
     Contexts of several threads run one after another, because TVM's callbacks are global to the process.
@@ -63,15 +60,13 @@ def compiling(target: DeviceTarget) -> AbstractContextManager[Any]:
 
 
 def export(executable: Any, target: DeviceTarget, folder: Path) -> list[str]:
-    """Write `executable` (what `tvm.compile` returned) into `folder` and check that it carries the device's
-    code.
+    """Write `executable` (of `tvm.compile`) into `folder` and check that it carries the device's code.
 
     Returns:
         The names of the files written, the library to load first.
 
     Raises:
         UserError: nothing here can link for the target.
-        RuntimeError: the library holds no code for the device, which would only fail on the machine that
-            receives it.
+        RuntimeError: it carries none, which would otherwise be found only where it is to run.
     """
     return of(target.kind).export(executable, target, folder)

@@ -1,6 +1,4 @@
-"""TVM asks functions registered under global names to compile and link device code; this puts ours there for
-a while.
-"""
+"""TVM compiles and links device code through functions under global names; this puts ours there."""
 
 from __future__ import annotations
 
@@ -18,9 +16,7 @@ def replaced(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     import tvm_ffi
 
     with _names:
-        before: dict[str, Any] = {
-            name: tvm_ffi.get_global_func(name, allow_missing=True) for name in functions
-        }
+        before: dict[str, Any] = {name: tvm_ffi.get_global_func(name, allow_missing=True) for name in functions}
         try:
             for name, function in functions.items():
                 tvm_ffi.register_global_func(name, function, override=True)

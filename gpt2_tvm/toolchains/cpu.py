@@ -1,6 +1,4 @@
-"""CPUs: a shared library of machine code, or where nothing here can link for the target, a tar of its
-objects.
-"""
+"""CPUs: a shared library or, where nothing here can link for the target, a tar of its objects."""
 
 from __future__ import annotations
 
@@ -23,9 +21,7 @@ def platform(target: DeviceTarget) -> linker.Platform:
 
 
 def missing(target: DeviceTarget) -> str | None:
-    """See `gpt2_tvm.toolchains.missing`. A library for another platform needs nothing: its objects can be
-    packed unlinked.
-    """
+    """See `gpt2_tvm.toolchains.missing`: nothing for another platform, whose objects can stay unlinked."""
     if platform(target) == linker.this_platform() and linker.find_linker() is None:
         return f"a C++ compiler to link with: {linker.HOW_TO_GET_ONE}"
     return None
@@ -47,8 +43,7 @@ def compiling(target: DeviceTarget) -> Iterator[Any]:
 
 
 def export(executable: Any, target: DeviceTarget, folder: Path) -> list[str]:
-    """See `gpt2_tvm.toolchains.export`: `lib.so` (`lib.dylib` for macOS); `lib.tar` where nothing here links
-    for the target.
+    """See `gpt2_tvm.toolchains.export`: `lib.so`, `lib.dylib` for macOS, `lib.tar` if nothing here links.
 
     `tvm.runtime.load_module` takes either; it links the tar where it loads it, with that machine's compiler.
     """

@@ -1,5 +1,4 @@
-"""CUDA: cubins made by NVRTC in this process, bundled into one fat binary where several architectures are
-asked for.
+"""CUDA: cubins made by NVRTC in this process, and one fat binary of them for several architectures.
 
 TVM hands its CUDA source to the function registered as `tvm_callback_cuda_compile`. Ours compiles it once an
 architecture, all at the same time (NVRTC leaves Python's lock), and lets `fatbinary` put the images together,
@@ -16,6 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +57,7 @@ def prepare(target: DeviceTarget) -> None:
 
 @contextmanager
 def compiling(target: DeviceTarget, archs: Sequence[str] | None = None, ptx: bool = True) -> Iterator[Any]:
-    """Build cubins for `archs` inside this context; yields the `tvm.target.Target` that schedules and builds
-    go by.
+    """Build cubins for `archs` inside this context; yields the `tvm.target.Target` to build with.
 
     Args:
         archs: architectures such as ("sm_80", "sm_90"), default `target.archs`.
@@ -69,10 +68,10 @@ def compiling(target: DeviceTarget, archs: Sequence[str] | None = None, ptx: boo
     Raises:
         UserError: a compiler part is missing.
     """
-    prepare(target)
+    wanted = tuple(archs or target.archs)
+    prepare(replace(target, archs=wanted))
     toolkit = cuda_toolkit.find()
     assert toolkit is not None  # prepare has seen it
-    wanted = tuple(archs or target.archs)
     bundle = toolkit.fatbinary is not None and (ptx or len(wanted) > 1)
     device = target.tvm_target()
 
@@ -138,9 +137,7 @@ def _fatbin(toolkit: cuda_toolkit.Toolkit, jobs: Sequence[tuple[str, str]], made
 
 @contextmanager
 def _cuda_path(root: Path) -> Iterator[None]:
-    """TVM reads the toolkit's place from the environment at each call; it is as before when this context
-    ends.
-    """
+    """Name the toolkit's place where TVM looks for it at each call: in the environment, for as long."""
     with _environment:
         before = os.environ.get("CUDA_PATH")
         os.environ["CUDA_PATH"] = str(root)

@@ -1,5 +1,4 @@
-"""Loading TVM's CUDA runtime, with the NVIDIA driver or, to compile where there is none, with a stub in its
-place.
+"""Loading TVM's CUDA runtime, with the NVIDIA driver or, to compile without one, a stub in its place.
 
 Why a stub: `libtvm_runtime_cuda.so` is linked with the driver's libcuda.so.1. Without it the library does not
 load, TVM says nothing, and an exported library then carries CUDA source for the receiver to compile.
@@ -44,20 +43,17 @@ def load(*, allow_stub: bool = False) -> bool:
     after `import tvm`.
 
     Args:
-        allow_stub: where there is no NVIDIA driver, load the stub in its place: enough to compile, never to
-            run.
+        allow_stub: take the stub where there is no driver: enough to compile, never to run.
 
     Returns:
-        Whether the runtime is loaded. False on a machine without a driver (and no stub allowed) or without
-        libcudart 13.
+        Whether the runtime is loaded. False without libcudart 13, or without a driver (and stub).
     """
     with _loading:
         import tvm_ffi
 
         if tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is not None:
             return True
-        # The loader takes a library that is already in the process for one of the same soname, wherever it
-        # came from.
+        # A library already in the process serves for any of the same soname, wherever it came from.
         if not any(map(_loads, cuda_toolkit.cudart_candidates())):
             return False
         if not any(map(_loads, _DRIVER_NAMES)) and not (allow_stub and _loads(str(stub_driver()))):
@@ -70,8 +66,7 @@ def load(*, allow_stub: bool = False) -> bool:
 
 
 def stub_driver() -> Path:
-    """The stub of libcuda.so.1, built once a user with the system's compiler (or ziglang) and kept in the
-    cache folder.
+    """The stub of libcuda.so.1, built once a user with the system's compiler (or ziglang) and kept.
 
     Raises:
         UserError: there is no compiler.
@@ -86,9 +81,7 @@ def stub_driver() -> Path:
     command = linker.require_linker(here)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         source, built = Path(scratch, "stub.c"), Path(scratch, "libcuda.so.1")
-        source.write_text(
-            f'#ifdef __cplusplus\nextern "C" {{\n#endif\n{body}#ifdef __cplusplus\n}}\n#endif\n'
-        )
+        source.write_text(f'#ifdef __cplusplus\nextern "C" {{\n#endif\n{body}#ifdef __cplusplus\n}}\n#endif\n')
         linker.Linker((*command.command, "-Wl,-soname,libcuda.so.1"), here).link(built, [source])
         built.replace(library)  # two processes may build at once; each puts a whole file in place
     return library

@@ -32,9 +32,7 @@ class Toolkit:
 
 
 def find() -> Toolkit | None:
-    """The first complete CUDA 13 of: CUDA_PATH, the pip wheels (site-packages/nvidia/cu13), /usr/local/cuda;
-    else None.
-    """
+    """The first complete CUDA 13 of CUDA_PATH, the pip wheels (nvidia/cu13), /usr/local/cuda; or None."""
     return next((toolkit for root in _roots() if (toolkit := _toolkit_at(root))), None)
 
 

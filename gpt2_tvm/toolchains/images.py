@@ -34,9 +34,7 @@ class DeviceImage:
 
 
 def cuda_images(library: bytes) -> list[DeviceImage]:
-    """The cubins and fat binaries in `library`, in the order they lie there; cubins inside a fat binary are
-    not counted again.
-    """
+    """The fat binaries in `library`, and the cubins outside them, in the order in which they lie there."""
     found: list[DeviceImage] = []
     position = 0
     while True:
@@ -53,17 +51,11 @@ def cuda_images(library: bytes) -> list[DeviceImage]:
 
 def amd_images(library: bytes) -> list[DeviceImage]:
     """The AMD GPU code objects in `library`."""
-    return [
-        DeviceImage("code-object", (_amd_target(data),), data)
-        for data in _elf_files(library, _EM_AMDGPU)
-        if data
-    ]
+    return [DeviceImage("code-object", (_amd_target(data),), data) for data in _elf_files(library, _EM_AMDGPU) if data]
 
 
 def cuda_source_left(library: bytes) -> bool:
-    """Whether `library` holds CUDA C++ instead of compiled code: TVM falls back to it in silence when it
-    cannot compile.
-    """
+    """Whether `library` holds CUDA C++, to which TVM falls back in silence when it cannot compile."""
     return b"__global__ void" in library
 
 
@@ -110,9 +102,7 @@ def _elf_at(library: bytes, start: int, machine: int) -> bytes | None:
     if start + 64 > len(library) or struct.unpack_from("<H", library, start + 18)[0] != machine:
         return None
     segments, sections = struct.unpack_from("<QQ", library, start + 32)
-    segment_size, segment_count, section_size, section_count = struct.unpack_from(
-        "<HHHH", library, start + 54
-    )
+    segment_size, segment_count, section_size, section_count = struct.unpack_from("<HHHH", library, start + 54)
     # Both tables stand at the end of the file in what ptxas and lld write; the later one ends the file.
     end = start + max(segments + segment_size * segment_count, sections + section_size * section_count)
     return library[start:end] if start < end <= len(library) else None

@@ -1,8 +1,6 @@
-"""Linking the objects that LLVM wrote into a shared library: with the system's compiler, or with ziglang from
-PyPI.
+"""Linking LLVM's objects into a shared library: with the system's compiler, or ziglang from PyPI.
 
-ziglang links for any platform, so it stands in where there is no C++ compiler and for libraries of other
-machines.
+ziglang links for any platform: it stands in where there is no compiler, and links for other machines.
 """
 
 from __future__ import annotations
@@ -21,14 +19,10 @@ from pathlib import Path
 
 from gpt2_tvm.errors import UserError
 
-# In the order of trying. The C driver is enough (LLVM's objects need no C++ library), but a C++ one is what
-# most machines have.
+# In the order of trying. A C compiler is enough: LLVM's objects need no C++ library.
 COMPILERS = ("c++", "g++", "clang++", "cc", "gcc", "clang")
-HOW_TO_GET_ONE = (
-    "install a C++ compiler (`apt install g++`, `xcode-select --install`) or `pip install ziglang`"
-)
-# The oldest glibc and macOS that a library linked by zig runs on: manylinux2014's, and what current TVM
-# wheels ask for.
+HOW_TO_GET_ONE = "install a C++ compiler (`apt install g++`, `xcode-select --install`) or `pip install ziglang`"
+# The oldest glibc and macOS that a library linked by zig runs on; manylinux2014 has this glibc.
 _ZIG_SYSTEMS = {"linux": "linux-gnu.2.17", "macos": "macos.13.0"}
 
 
@@ -72,9 +66,7 @@ class Linker:
 
 
 def platform_of(triple: str) -> Platform:
-    """The platform that an LLVM triple such as "arm64-apple-macos13.0" or "x86_64-unknown-linux-gnu"
-    names.
-    """
+    """The platform that an LLVM triple such as "arm64-apple-macos13.0" names."""
     arch, _, rest = triple.partition("-")
     arch = {"aarch64": "arm64", "amd64": "x86_64"}.get(arch, arch)
     system = "macos" if "apple" in rest or "darwin" in rest else "linux" if "linux" in rest else "other"
@@ -102,9 +94,7 @@ def zig() -> tuple[str, ...] | None:
 
 
 def find_linker(target: Platform | None = None) -> Linker | None:
-    """A linker for `target` (default: this machine), or None. The system's compiler is preferred; it serves
-    this machine only.
-    """
+    """A linker for `target` (default: this machine), or None. For this machine, the system's comes first."""
     wanted = target or this_platform()
     if wanted == this_platform() and (compiler := system_compiler()):
         return Linker((compiler,), wanted)

@@ -38,9 +38,7 @@ def compiling(target: DeviceTarget) -> Iterator[Any]:
 
 
 def export(executable: Any, target: DeviceTarget, folder: Path) -> list[str]:
-    """See `gpt2_tvm.toolchains.export`: `lib.dylib` where something here links for macOS, and always
-    `lib.tar`.
-    """
+    """See `gpt2_tvm.toolchains.export`: `lib.tar`, and before it `lib.dylib` if this machine can link it."""
     if "kernel void" not in modules.sources(executable, "metal"):
         raise RuntimeError("the executable holds no Metal kernel: was it built for another target?")
     names = []

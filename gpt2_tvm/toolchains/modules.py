@@ -7,14 +7,12 @@ from typing import Any
 
 
 def tree(executable: Any) -> Iterator[Any]:
-    """Every runtime module of an executable (or of a module): itself, then what it imports, depth first, each
-    once.
-    """
+    """Every runtime module of an executable: its own, then what that imports, depth first, each once."""
     seen: set[int] = set()
     stack = [getattr(executable, "mod", executable)]
     while stack:
         module = stack.pop()
-        handle = module.__chandle__() if hasattr(module, "__chandle__") else id(module)
+        handle = module.__chandle__()
         if handle in seen:
             continue
         seen.add(handle)
@@ -23,7 +21,5 @@ def tree(executable: Any) -> Iterator[Any]:
 
 
 def sources(executable: Any, kind: str) -> str:
-    """The source text that all modules of `kind` ("cuda", "metal", "webgpu", ...) in `executable` hold, "" if
-    there is none.
-    """
+    """The source in all modules of `kind` ("metal", "webgpu", ...) of `executable`; "" if there is none."""
     return "\n".join(module.inspect_source() for module in tree(executable) if module.kind == kind)

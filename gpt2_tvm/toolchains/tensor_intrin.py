@@ -24,9 +24,7 @@ _patching = threading.RLock()
 
 
 def load(kind: str) -> None:
-    """Register the tensor intrinsics that scheduling for `kind` will ask for; nothing for kinds that need
-    none.
-    """
+    """Register the tensor intrinsics that scheduling for `kind` asks for, if it asks for any."""
     if kind in KINDS:
         with light_stack():
             importlib.import_module(f"tvm.s_tir.tensor_intrin.{kind}")
@@ -34,9 +32,7 @@ def load(kind: str) -> None:
 
 @contextmanager
 def light_stack() -> Iterator[None]:
-    """Inside this context `inspect.stack()` takes microseconds: worth it around any import of many TVMScript
-    functions.
-    """
+    """Make `inspect.stack()` take microseconds: worth it around an import of many TVMScript functions."""
     with _patching:
         original = inspect.stack
         inspect.stack = _stack

@@ -22,9 +22,7 @@ compiling = cpu.compiling  # the code generator is inside TVM
 
 
 def export(executable: Any, target: DeviceTarget, folder: Path) -> list[str]:
-    """See `gpt2_tvm.toolchains.export`: `lib.so` and `kernels.wgsl`, where a line `// Function: <name>`
-    begins each kernel.
-    """
+    """See `gpt2_tvm.toolchains.export`: `lib.so`, and the WGSL, `// Function: <name>` above each kernel."""
     text = modules.sources(executable, "webgpu")
     if "@compute" not in text:
         raise RuntimeError("the executable holds no WGSL kernel: was it built for another target?")

@@ -1,5 +1,4 @@
-"""Type-checking Metal source on any machine: libclang (PyPI) and declarations of what TVM uses of Metal's
-library.
+"""Type-checking Metal source on any machine, with libclang (PyPI) and declarations of Metal's library.
 
 It knows the types of Metal, not its semantics: an undeclared name, a call that fits no overload, a wrong
 number of arguments, an assignment between vectors of different types are found; a missing barrier is not.
@@ -25,9 +24,7 @@ _ARGUMENTS = (
 
 @dataclass(frozen=True)
 class Report:
-    """The kernels that were looked at, in order, and the errors, as "kernel:line:column: message" with the
-    kernel's own lines.
-    """
+    """The kernels that were looked at, and the errors: "kernel:line:column: message", lines of the kernel."""
 
     kernels: tuple[str, ...]
     errors: tuple[str, ...]
@@ -45,9 +42,7 @@ def check(source: str) -> Report:
             continue
         names.append(kernel.group(1))
         # In C++ an automatic variable can have no address space; a static one can, and nothing else changes.
-        text = re.sub(
-            r"^(\s*)threadgroup\s+(\w+\s+\w+\s*\[)", r"\1static threadgroup \2", part, flags=re.MULTILINE
-        )
+        text = re.sub(r"^(\s*)threadgroup\s+(\w+\s+\w+\s*\[)", r"\1static threadgroup \2", part, flags=re.MULTILINE)
         unit = index.parse("kernel.cpp", args=list(_ARGUMENTS), unsaved_files=[("kernel.cpp", text)])
         for found in unit.diagnostics:
             if found.severity >= cindex.Diagnostic.Error:

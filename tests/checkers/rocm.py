@@ -1,8 +1,6 @@
-"""What AMD's loader reads in a code object: architecture, wave size, registers, spills, shared memory, and
-some instructions.
+"""What a code object says: architecture, wave size, registers, spills, shared memory, instructions.
 
-Uses llvm-readelf and llvm-objdump of LLVM 22 (Debian, Ubuntu: llvm-22) on the code objects carved out of a
-library.
+Uses llvm-readelf and llvm-objdump of LLVM 22 (Debian, Ubuntu: llvm-22) on what is carved out of a library.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from pathlib import Path
 
 from gpt2_tvm.toolchains import images
 
-PACKAGES = "rocm-device-libs lld-22 llvm-22"
+PACKAGES = "lld-22 llvm-22"
 INSTRUCTIONS = {
     "load": r"\b(?:global|flat|buffer)_load_",
     "load128": r"\b(?:global|flat|buffer)_load_(?:b128|dwordx4)",
@@ -73,8 +71,7 @@ def _read(data: bytes) -> CodeObject:
     bodies = dict(re.findall(r"<(\w+)>:\n(.*?)(?=\n\n|\Z)", code, re.DOTALL))
     target = re.search(r"amdhsa\.target:\s*(\S+)", notes)
     arch = re.search(r"^\s*Flags:.*?\b(gfx[0-9a-f]+)", notes, re.MULTILINE)
-    # Each kernel is an item of a YAML list, two spaces in; its own keys stand four spaces in, those of its
-    # arguments deeper.
+    # YAML: each kernel is an item two spaces in; its keys stand four spaces in, its arguments deeper.
     entries = re.split(r"^  - ", notes.partition("amdhsa.kernels:")[2], flags=re.MULTILINE)[1:]
     kernels = tuple(_kernel(entry, bodies) for entry in entries if ".symbol:" in entry)
     return CodeObject(target.group(1) if target else "", arch.group(1) if arch else "", kernels)

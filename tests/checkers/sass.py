@@ -1,8 +1,6 @@
-"""What the machine code in a CUDA library does: instructions counted, registers, stack, a kernel and an
-architecture at a time.
+"""The machine code in a CUDA library: instructions, registers and stack of each kernel.
 
-Uses NVIDIA's cuobjdump (PyPI: nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm) on the images carved out of the
-library.
+Uses NVIDIA's cuobjdump (PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm) on what is carved out of it.
 """
 
 from __future__ import annotations
@@ -42,9 +40,7 @@ INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel for one architecture. `counts` has every key of `INSTRUCTIONS`; `stack` is in bytes a
-    thread.
-    """
+    """One kernel for one architecture. `counts` is by `INSTRUCTIONS`; `stack` in bytes a thread."""
 
     arch: str
     name: str
@@ -62,9 +58,7 @@ def tool() -> Path | None:
 
 
 def kernels(library: bytes) -> list[Kernel]:
-    """All kernels in `library` (a shared library that TVM exported, a cubin or a fatbin), architecture by
-    architecture.
-    """
+    """All kernels in `library` (exported by TVM, a cubin or a fatbin), one architecture after another."""
     return [kernel for image in images.cuda_images(library) for kernel in _kernels_of(image)]
 
 
@@ -79,8 +73,8 @@ def _kernels_of(image: images.DeviceImage) -> list[Kernel]:
         arch = part.split(maxsplit=1)[0]
         for block in re.split(r"^\s*Function : ", part, flags=re.MULTILINE)[1:]:
             name = block.split(maxsplit=1)[0]
-            # cuobjdump writes both listings image by image in the same order, so the first of the name left
-            # is this one's
+            # both listings go through the images in the same order, so the first of the name left is this
+            # one's
             own = next(index for index, match in enumerate(resources) if match.group(1) == name)
             _, registers, stack = resources.pop(own).groups()
             counts = {key: len(re.findall(pattern, block)) for key, pattern in INSTRUCTIONS.items()}

@@ -20,6 +20,9 @@ from gpt2_tvm.files import MARKER, sha256
 FORMAT = 1
 NO_DIGEST = "0" * 64
 AGAIN = "compile it again with python -m gpt2_tvm.compile"
+SCORE_ROWS = (
+    128  # rows that an artifact's `score` takes at a time: their logits are the largest tensor that ever exists
+)
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,7 @@ class Artifact:
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Add the sha256 and size of every file in `folder` and the manifest's own digest, and write manifest.json."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER)
-    table = {
-        p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files
-    }
+    table = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
     text = json.dumps({"format": FORMAT, "digest": NO_DIGEST, **manifest, "files": table}, indent=1) + "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()
     (folder / MARKER).write_text(text.replace(NO_DIGEST, digest, 1), encoding="utf-8")
@@ -78,14 +79,10 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an artifact, its digest checked; UserError in one line when it is missing, damaged or of another format."""
     if not folder.exists():
-        raise UserError(
-            f"no artifact at {folder}; make one with python -m gpt2_tvm.compile --output {folder}"
-        )
+        raise UserError(f"no artifact at {folder}; make one with python -m gpt2_tvm.compile --output {folder}")
     path = folder / MARKER
     if not path.is_file():
-        raise UserError(
-            f"{folder} is not an artifact (it has no {MARKER}); make one with python -m gpt2_tvm.compile"
-        )
+        raise UserError(f"{folder} is not an artifact (it has no {MARKER}); make one with python -m gpt2_tvm.compile")
     raw = path.read_bytes()
     try:
         manifest = json.loads(raw)
@@ -96,18 +93,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not intact:
         raise UserError(f"{path} is damaged (its digest does not match); {AGAIN}")
     if manifest.get("format") != FORMAT:
-        raise UserError(
-            f"{folder} has artifact format {manifest.get('format')}, this program reads {FORMAT}; {AGAIN}"
-        )
+        raise UserError(f"{folder} has artifact format {manifest.get('format')}, this program reads {FORMAT}; {AGAIN}")
     return dict(manifest)
 
 
 def check_versions(folder: Path, manifest: dict[str, Any]) -> None:
     """Refuse an artifact built by another TVM: its runtime ABI may differ, and a mismatch can crash the process."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     for package in ("apache-tvm", "apache-tvm-ffi"):
-        built, here = manifest["versions"].get(package), version(package)
+        built = manifest["versions"].get(package)
+        try:
+            here = version(package)
+        except PackageNotFoundError:
+            here = "none"
         if built != here:
             raise UserError(f"{folder} was compiled with {package} {built}, this machine has {here}; {AGAIN}")
 
@@ -125,9 +124,7 @@ def open_artifact(path: str | Path, verify: bool = True, versions: bool = True) 
         if not file.is_file():
             return f"{file} is missing"
         if file.stat().st_size != expected["bytes"]:
-            return (
-                f"{file} is truncated or changed ({file.stat().st_size} bytes instead of {expected['bytes']})"
-            )
+            return f"{file} is truncated or changed ({file.stat().st_size} bytes instead of {expected['bytes']})"
         if verify and sha256(file) != expected["sha256"]:
             return f"{file} is damaged (its sha256 does not match)"
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2_tvm import toolchains
-from gpt2_tvm.artifact import write_manifest
+from gpt2_tvm.artifact import SCORE_ROWS, write_manifest
 from gpt2_tvm.checkpoint import ModelSource, resolve_model
 from gpt2_tvm.errors import UserError
-from gpt2_tvm.files import replacing_folder
+from gpt2_tvm.files import replacing_folder, require_room
 from gpt2_tvm.quantization import Scheme, get_scheme
 from gpt2_tvm.schedules.registry import rule_set
 from targets import DeviceTarget, load_target, specialise
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 ATTENTION = ("flash", "materialized")
 VERIFY_WIDTHS = (4, 8)
 MAX_BATCH = 64
+OBJECT_BYTES = 16 << 20  # room for the objects of a large model and what is linked from them
 MAX_VERIFY_WIDTH = 32  # a tree row's mask is 32 bits
-SCORE_ROWS = 128  # rows scored at a time: their logits are the largest tensor that ever exists
 TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
@@ -37,7 +38,9 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
 )
 
-Progress = Callable[[str, float], None]  # (what is being done, share done 0..1)
+Progress = Callable[
+    [str, float], None
+]  # (what is being done, share done 0..1); share 0: a note that the user should read
 
 
 @dataclass(frozen=True)
@@ -73,14 +76,10 @@ def make_plan(
             f"--batch-sizes {','.join(map(str, batch_sizes))}: give one or more sizes from 1 to {MAX_BATCH}"
         )
     if any(not 1 <= m <= MAX_VERIFY_WIDTH for m in verify_widths):
-        raise UserError(
-            f"--verify-widths {','.join(map(str, verify_widths))}: widths go from 1 to {MAX_VERIFY_WIDTH}"
-        )
+        raise UserError(f"--verify-widths {','.join(map(str, verify_widths))}: widths go from 1 to {MAX_VERIFY_WIDTH}")
     capacity = config.n_positions if max_seq_len is None else max_seq_len
     if not 1 <= capacity <= config.n_positions:
-        raise UserError(
-            f"--max-seq-len {capacity}: the model has positions for 1 to {config.n_positions} tokens"
-        )
+        raise UserError(f"--max-seq-len {capacity}: the model has positions for 1 to {config.n_positions} tokens")
     widths = tuple(sorted({m for m in verify_widths if m <= capacity}))
     return Plan(
         config,
@@ -196,7 +195,7 @@ def compile_model(
         verify_widths: how many candidate tokens one verify call takes, each a static variant.
         dump_ir: a folder for the IR after each phase.
         seed: of the random weights, where the checkpoint cannot be downloaded.
-        progress: called with (what, share done).
+        progress: called with (what, share done); with a share of 0 for a note that the user should read.
 
     Returns the artifact's folder. Raises UserError for anything the user can mend.
     """
@@ -207,9 +206,9 @@ def compile_model(
         )
     device = specialise(load_target(target))
     source = resolve_model(str(model), seed=seed)
-    plan = make_plan(
-        source.config, device, quantization, rules, attention, batch_sizes, max_seq_len, verify_widths
-    )
+    if source.note:
+        say(source.note, 0.0)
+    plan = make_plan(source.config, device, quantization, rules, attention, batch_sizes, max_seq_len, verify_widths)
     final = Path(output) if output else Path("artifacts") / f"{source.name}-{plan.scheme.name}-{device.name}"
     with replacing_folder(final) as work:
         seconds = _write(work, source, plan, Path(dump_ir) if dump_ir else None, say)
@@ -233,6 +232,8 @@ def _write(work: Path, source: ModelSource, plan: Plan, dump_ir: Path | None, sa
         lowered, names = lower_plan(plan, dump_ir)
         say(f"building {len(lowered.hits)} functions for {plan.target.name}", 0.3)
         executable = tvm.compile(lowered.final, target=tvm_target, relax_pipeline=None, tir_pipeline=None)
+        for folder in (Path(tempfile.gettempdir()), work):
+            require_room(folder, OBJECT_BYTES)  # LLVM ends the process when it cannot write
         libraries = toolchains.export(executable, plan.target, work)
     if plan.target.kind == "webgpu":
         from gpt2_tvm.kernel_list import write_kernel_list

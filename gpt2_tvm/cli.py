@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from gpt2_tvm.errors import UserError
 
 EXIT_ERROR = 1
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_USAGE = 2
+EXIT_SIGNAL = 128  # plus the signal's number, as shells report it: 130 for Ctrl-C, 143 for SIGTERM
 
 
 def describe(error: BaseException) -> str:
@@ -20,10 +26,14 @@ def describe(error: BaseException) -> str:
         return str(error)
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"the disk is full{where}; free some space and run the same command again"
+        if error.errno == errno.EFBIG:
+            return f"a file would be larger than this system allows{where}; raise the limit (ulimit -f)"
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return f"no permission to write or read{where}; choose another folder with --output, or change its permissions"
+            return (
+                f"no permission to write or read{where}; choose another folder with --output, or change its permissions"
+            )
         return f"{error.strerror or error}{where}"
     if isinstance(error, MemoryError):
         return "out of memory; use a smaller model, batch or --max-seq-len, or close other programs"
@@ -32,14 +42,73 @@ def describe(error: BaseException) -> str:
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Run a typer app (or any callable) and turn its errors into one line on stderr and an exit status."""
+    """Run a typer app (or any callable) and turn its errors into one line on stderr and an exit status.
+
+    Status 1 for an error, 2 for a command line that is not understood. SIGINT and SIGTERM unwind the program, so that
+    what was half-written is removed, and then decide the status, whatever the exception has become on its way through
+    other people's code.
+    """
+    import typer
+
+    with _signals() as received:
+        status: Any = EXIT_ERROR
+        try:
+            # outside its "standalone mode" typer leaves errors to us, and returns the status of --help and typer.Exit
+            status = main(standalone_mode=False) if isinstance(main, typer.Typer) else main()
+        except (KeyboardInterrupt, SystemExit):
+            if not received:
+                raise
+        except Exception as error:
+            if not received:
+                status = _report(error)
+        if received:
+            what = "interrupted" if received[0] == signal.SIGINT else "terminated"
+            print(f"{what}; nothing half-written was left behind", file=sys.stderr)
+            sys.exit(EXIT_SIGNAL + received[0])
+        if isinstance(status, int) and status:
+            sys.exit(status)
+
+
+def _report(error: Exception) -> int:
+    """Print the one line; returns the exit status."""
+    if os.environ.get("GPT2_TVM_DEBUG"):
+        raise error
+    usage = getattr(error, "format_message", None)  # click's, which typer may carry a copy of
+    text = f"{usage().rstrip('.')}; see --help" if usage else describe(error)
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return EXIT_USAGE if usage else EXIT_ERROR
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt in here; the list holds their numbers as they come."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers from there alone
+        yield received
+        return
+
+    def handler(number: int, _: Any) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written was left behind", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    except Exception as error:
-        if os.environ.get("GPT2_TVM_DEBUG"):
-            raise
-        print(f"error: {' '.join(describe(error).split())}", file=sys.stderr)
-        sys.exit(EXIT_ERROR)
+        yield received
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def integers(text: str, option: str) -> tuple[int, ...]:
+    """A comma list of integers, as options such as --batch-sizes take it."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UserError(f"{option} {text}: give integers with commas between, such as 1,4") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` where --json says: beside it first, then renamed."""
+    from gpt2_tvm.files import write_atomically
+
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

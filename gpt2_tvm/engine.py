@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_tvm.artifact import open_artifact
-from gpt2_tvm.build import SCORE_ROWS
+from gpt2_tvm.artifact import SCORE_ROWS, open_artifact
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.runners import make_runner
 from gpt2_tvm.runners.base import Handle
@@ -45,9 +44,7 @@ class Engine:
         self._slots = 0  # the static batch that runs: self.batch or the next compiled size above it
         self._caches: list[Handle] = []
         self._tensors: dict[tuple[str, tuple[int, ...]], Handle] = {}
-        self._next: np.ndarray | None = (
-            None  # most likely next token of each sequence, after logits were made
-        )
+        self._next: np.ndarray | None = None  # most likely next token of each sequence, after logits were made
         self._tree: np.ndarray | None = None  # parents of the last tree, until keep() or another call
 
     # Input -----------------------------------------------------------------------------------------------------------
@@ -120,21 +117,15 @@ class Engine:
         m = max(len(r) for r in rows)
         widths = self.artifact.verify_widths
         if not widths:
-            raise UserError(
-                f"{self.artifact.path} was compiled without verify; compile with --verify-widths 4,8"
-            )
+            raise UserError(f"{self.artifact.path} was compiled without verify; compile with --verify-widths 4,8")
         if parents is None:
-            pieces = [
-                self._verify([r[i : i + widths[-1]] for r in rows], None) for i in range(0, m, widths[-1])
-            ]
+            pieces = [self._verify([r[i : i + widths[-1]] for r in rows], None) for i in range(0, m, widths[-1])]
             return np.concatenate(pieces, axis=1)
         if m > widths[-1]:
             raise UserError(
                 f"a tree of {m} tokens is wider than this artifact's {widths[-1]}; compile with --verify-widths {m}"
             )
-        tree = np.asarray(
-            [list(p) for p in parents] if np.ndim(parents[0]) else [list(parents)] * self.batch, np.int32
-        )
+        tree = np.asarray([list(p) for p in parents] if np.ndim(parents[0]) else [list(parents)] * self.batch, np.int32)
         if tree.shape != (self.batch, m) or any(len(r) != m for r in rows):
             raise UserError(
                 f"parents has shape {list(tree.shape)}, expected one parent for each of {m} ids of {self.batch} sequences"
@@ -230,9 +221,7 @@ class Engine:
         """Forget all but the first `positions` tokens of each sequence (one number, or one a sequence). Costs nothing."""
         wanted = np.broadcast_to(np.asarray(positions, np.int64), (self.batch,))
         if (wanted < 0).any() or (wanted > self.positions).any():
-            raise UserError(
-                f"rewind to {wanted.tolist()} is outside what is cached, {self.positions.tolist()} tokens"
-            )
+            raise UserError(f"rewind to {wanted.tolist()} is outside what is cached, {self.positions.tolist()} tokens")
         self.positions = wanted.astype(np.int32)
         self._next, self._tree = None, None
 
@@ -296,9 +285,7 @@ class Engine:
         return rows
 
     def _check_room(self, counts: Sequence[int], positions: np.ndarray | None = None) -> None:
-        for b, (have, more) in enumerate(
-            zip(self.positions if positions is None else positions, counts, strict=True)
-        ):
+        for b, (have, more) in enumerate(zip(self.positions if positions is None else positions, counts, strict=True)):
             if have + more > self.max_seq_len:
                 raise UserError(
                     f"sequence {b} would be {have + more} tokens long, the context holds {self.max_seq_len}; "
@@ -315,9 +302,7 @@ class Engine:
     def _where(self, lengths: np.ndarray) -> tuple[Handle, Handle]:
         """Positions and lengths on the device; sequences that only fill up the static batch stand at 0 with length 0."""
         spare = (0, self._slots - self.batch)
-        return self._int("positions", np.pad(self.positions, spare)), self._int(
-            "lengths", np.pad(lengths, spare)
-        )
+        return self._int("positions", np.pad(self.positions, spare)), self._int("lengths", np.pad(lengths, spare))
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Handle:
         """An int32 tensor on the device, kept and reused. Long-lived ones only: prompts of every length would pile up."""

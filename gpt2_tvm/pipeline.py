@@ -26,6 +26,7 @@ FUSE = (
     relax.transform.FoldConstant,
     relax.transform.FuseOps,
     relax.transform.FuseTIR,
+    relax.transform.RewriteDataflowReshape,  # a reshape is a view, not a kernel for the rules to schedule
     relax.transform.DeadCodeElimination,
 )
 
@@ -33,7 +34,6 @@ FUSE = (
 
 # Phase 4: calls by destination, memory planned once for the whole function, shapes computed by the VM.
 LOWER = (
-    relax.transform.RewriteDataflowReshape,
     relax.transform.ToNonDataflow,
     relax.transform.RemovePurityChecking,
     relax.transform.CallTIRRewrite,

@@ -47,8 +47,9 @@ def lower(func: tirx.PrimFunc, target: tvm.target.Target) -> tuple[tvm.IRModule,
     """`func` through TVM's own pipeline: host code, device code ready for code generation, and its target."""
     if target.host is None:
         target = target.with_host("llvm")
-    name = str(func.attrs["global_symbol"]) if "global_symbol" in func.attrs else "main"
-    module = tirx.transform.BindTarget(target)(tvm.IRModule({name: func}))
+    name = "kernel"
+    module = tvm.IRModule({name: func.with_attr("global_symbol", name)})
+    module = tirx.transform.BindTarget(target)(module)
     with target:
         pipeline, _, finish_device = tirx.get_default_tir_pipeline(target)
         host, devices = split_host_device_mods(pipeline(module))
@@ -95,7 +96,7 @@ def _evaluate(expr: Any, sizes: dict[str, int]) -> int:
 
 
 @dataclass(frozen=True)
-class _Lowered:
+class Lowered:
     """A PrimFunc ready to run: its shader, and how the host code calls it."""
 
     shader: Shader
@@ -104,10 +105,10 @@ class _Lowered:
     grid: dict[str, Any]  # "blockIdx.x" -> an expression over shape variables
 
 
-_lowered: dict[tirx.PrimFunc, _Lowered] = {}  # by identity: every PrimFunc is lowered once
+_lowered: dict[tirx.PrimFunc, Lowered] = {}  # by identity: every PrimFunc is lowered once
 
 
-def _lower_to_wgsl(func: tirx.PrimFunc) -> _Lowered:
+def lower_to_wgsl(func: tirx.PrimFunc) -> Lowered:
     if func not in _lowered:
         host, kernels, target = lower(func, tvm.target.Target("webgpu"))
         built = tvm.get_global_func("target.build.webgpu")(kernels, target)
@@ -120,7 +121,7 @@ def _lower_to_wgsl(func: tirx.PrimFunc) -> _Lowered:
         )
         buffers, scalars = len(shader.bindings), len(shader.scalars)
         extents = call.args[1 + buffers + scalars :]
-        _lowered[func] = _Lowered(
+        _lowered[func] = Lowered(
             shader=shader,
             arguments=tuple(name.removesuffix("_ptr") for name, _, _ in shader.bindings),
             scalars=tuple(call.args[1 + buffers : 1 + buffers + scalars]),
@@ -143,7 +144,7 @@ def run(func: tirx.PrimFunc, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         for extent, size in zip(parameter.shape, array.shape, strict=True):
             wanted = sizes.setdefault(extent.name, size) if isinstance(extent, tirx.Var) else int(extent)
             assert wanted == size, f"{parameter.name} has shape {array.shape}"
-    lowered = _lower_to_wgsl(func)
+    lowered = lower_to_wgsl(func)
     gpu = device(f16=lowered.shader.needs_f16)
     kernel = gpu.compile(lowered.shader)
     held = {name: gpu.upload(array, name) for name, array in zip(names, arrays, strict=True)}

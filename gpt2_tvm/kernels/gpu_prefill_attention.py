@@ -11,8 +11,11 @@ A block takes 32 query rows (fewer for wide heads) of one head and walks over th
 The sums of p stay apart in each thread until the end: they only need the same maximum, not each other. Tiles
 above the diagonal and past the longest row of the block are never touched. Long blocks start first.
 
-Ladder: one row a thread with scores in shared memory 1.0 FMA a shared load; this one 1.3 for ``q . k`` with
-loads of four elements each, 1.6 for ``p . V`` (by count; heads of 64).
+Everything below step 1 works on registers: with heads of 64 a thread does 32 multiply-adds for 6 loads of four elements
+from shared memory in ``q . k``, 64 for 10 in ``p . V``.
+
+After Dao et al. 2022, "FlashAttention", algorithm 1, and Milakov and Gimelshein 2018, "Online normalizer calculation
+for softmax", section 3.
 """
 
 # mypy: disable-error-code="valid-type,misc"
@@ -20,9 +23,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -75,6 +78,7 @@ def choose_tile(spec: AttentionSpec, limits: GpuLimits) -> PrefillTile:
     )
 
 
+@cache
 def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
     """``(qkv [b, n, 3HD], positions [b], lengths [b], cache [2, b, H, S, D], out [b, n, HD])``; b, n symbolic.
 
@@ -91,35 +95,57 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
     stride, p_stride = padded(head_dim), padded(keys)
     loads = runs * 4 // lanes  # in a row of a tile
     scale = spec.scale * math.log2(math.e)  # 2**x is what devices have; e**x costs a product more
-    tall, wide = _steps(rows * loads, threads), _steps(keys * loads, threads)
-    b, n = tirx.Var("b", "int64"), tirx.Var("n", "int64")
 
     def column(run: Any) -> Any:
         """First column of a run, kept inside the row for threads that have no run there."""
         return T.min(run, runs - 1) * 4
 
-    @T.prim_func(s_tir=True)
-    def prefill(
+    # fmt: off
+    @T.inline
+    def load_cache(tile, cache, part, seq, head, slot0, end, tid):
+        for i in T.serial(steps(keys * loads, threads)):
+            e: T.let[T.int32] = i * threads + tid
+            if e < keys * loads:
+                for lane in T.vectorized(lanes):
+                    tile[e // loads * stride + e % loads * lanes + lane] = T.if_then_else(
+                        e % loads * lanes < head_dim,
+                        cache[part, seq, head, T.min(slot0 + e // loads, end - 1), e % loads * lanes + lane],
+                        T.Cast(dtype, 0),
+                    )
+
+    @T.inline
+    def take_four(four, row, tile, at, raw):
+        """One load, then four conversions: Metal has no cast from half4 to float4 as TVM writes it."""
+        for lane in T.vectorized(4):
+            raw[lane] = tile[at + lane]
+        for lane in T.unroll(4):
+            four[row, lane] = T.Cast("float32", raw[lane])
+
+    @T.prim_func(private=True, s_tir=True)
+    def prefill_attention(
         qkv_h: T.handle, positions_h: T.handle, lengths_h: T.handle, cache_h: T.handle, out_h: T.handle
     ):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
+        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": 8})
+        b, n = T.int64(), T.int64()
         qkv = T.match_buffer(qkv_h, (b, n, 3 * width), dtype)
         positions = T.match_buffer(positions_h, (b,), "int32")
         lengths = T.match_buffer(lengths_h, (b,), "int32")
         cache = T.match_buffer(cache_h, (2, b, n_head, capacity, head_dim), dtype)
         out = T.match_buffer(out_h, (b, n, width), dtype)
-        q_tile = T.sblock_alloc_buffer((rows, stride), dtype, scope="shared")
-        kv_tile = T.sblock_alloc_buffer((keys, stride), dtype, scope="shared")
-        p_tile = T.sblock_alloc_buffer((rows, p_stride), "float32", scope="shared")
+        # Flat, for TVM trims a padded row to the columns in use, and with it the stride that keeps banks apart.
+        q_tile = T.sblock_alloc_buffer((rows * stride,), dtype, scope="shared")
+        kv_tile = T.sblock_alloc_buffer((keys * stride,), dtype, scope="shared")
+        p_tile = T.sblock_alloc_buffer((rows * p_stride,), "float32", scope="shared")
         meet = T.sblock_alloc_buffer((rows, ACROSS), "float32", scope="shared")
+        raw = T.sblock_alloc_buffer((4,), dtype, scope="local")
         q = T.sblock_alloc_buffer((ROWS, 4), "float32", scope="local")
         k = T.sblock_alloc_buffer((cols, 4), "float32", scope="local")
-        score = T.sblock_alloc_buffer((ROWS, cols), "float32", scope="local")
         p = T.sblock_alloc_buffer((ROWS, 4), "float32", scope="local")
-        v = T.sblock_alloc_buffer((4,), "float32", scope="local")
+        v = T.sblock_alloc_buffer((1, 4), "float32", scope="local")
+        score = T.sblock_alloc_buffer((ROWS, cols), "float32", scope="local")
         acc = T.sblock_alloc_buffer((ROWS, mine, 4), "float32", scope="local")
         top = T.sblock_alloc_buffer((ROWS,), "float32", scope="local")
-        new_top = T.sblock_alloc_buffer((ROWS,), "float32", scope="local")
+        rise = T.sblock_alloc_buffer((ROWS,), "float32", scope="local")
         total = T.sblock_alloc_buffer((ROWS,), "float32", scope="local")
 
         for bx in T.thread_binding(T.Cast("int32", T.ceildiv(n, rows)), thread="blockIdx.x"):
@@ -128,153 +154,113 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
                     seq: T.let[T.int32] = by // n_head
                     head: T.let[T.int32] = by % n_head
                     tx: T.let[T.int32] = tid % ACROSS
-                    ty: T.let[T.int32] = tid // ACROSS
+                    ty: T.let[T.int32] = tid // ACROSS * ROWS  # my first row in the tile
                     n_rows: T.let[T.int32] = T.Cast("int32", n)
                     row0: T.let[T.int32] = ((n_rows + rows - 1) // rows - 1 - bx) * rows
                     first: T.let[T.int32] = T.max(T.min(positions[seq], capacity), 0)
                     length: T.let[T.int32] = T.max(T.min(lengths[seq], n_rows), 0)
-                    end: T.let[T.int32] = T.if_then_else(
+                    end: T.let[T.int32] = T.Select(
                         row0 < length, T.min(first + T.min(row0 + rows, length), capacity), 0
                     )
 
-                    for i in T.serial(tall):
+                    for i in T.serial(steps(rows * loads, threads)):
                         e: T.let[T.int32] = i * threads + tid
                         if e < rows * loads:
-                            for vec in T.vectorized(lanes):
-                                q_tile[e // loads, e % loads * lanes + vec] = T.if_then_else(
+                            for lane in T.vectorized(lanes):
+                                q_tile[e // loads * stride + e % loads * lanes + lane] = T.if_then_else(
                                     e % loads * lanes < head_dim,
-                                    qkv[
-                                        seq,
-                                        T.min(row0 + e // loads, n_rows - 1),
-                                        head * head_dim + e % loads * lanes + vec,
-                                    ],
+                                    qkv[seq, T.min(row0 + e // loads, n_rows - 1),
+                                        head * head_dim + e % loads * lanes + lane],
                                     T.Cast(dtype, 0),
                                 )
                     for r in T.unroll(ROWS):
-                        top[r] = MASKED
+                        top[r] = T.float32(MASKED)
                         total[r] = T.float32(0)
-                        for j, vec in T.grid(mine, 4):
-                            acc[r, j, vec] = T.float32(0)
+                        for j in T.unroll(mine):
+                            for lane in T.unroll(4):
+                                acc[r, j, lane] = T.float32(0)
 
                     for step in T.serial((end + keys - 1) // keys):
-                        slot0: T.let[T.int32] = step * keys
-                        for i in T.serial(wide):
-                            e: T.let[T.int32] = i * threads + tid
-                            if e < keys * loads:
-                                for vec in T.vectorized(lanes):
-                                    kv_tile[e // loads, e % loads * lanes + vec] = T.if_then_else(
-                                        e % loads * lanes < head_dim,
-                                        cache[
-                                            0,
-                                            seq,
-                                            head,
-                                            T.min(slot0 + e // loads, end - 1),
-                                            e % loads * lanes + vec,
-                                        ],
-                                        T.Cast(dtype, 0),
-                                    )
+                        # 1. scores of my rows against my keys
+                        load_cache(kv_tile, cache, 0, seq, head, step * keys, end, tid)
                         T.tvm_storage_sync("shared")
-
                         for r in T.unroll(ROWS):
                             for c in T.unroll(cols):
                                 score[r, c] = T.float32(0)
                         for run in T.serial(runs):
                             for r in T.unroll(ROWS):
-                                for vec in T.vectorized(4):
-                                    q[r, vec] = T.Cast("float32", q_tile[ty * ROWS + r, run * 4 + vec])
+                                take_four(q, r, q_tile, (ty + r) * stride + run * 4, raw)
                             for c in T.unroll(cols):
-                                for vec in T.vectorized(4):
-                                    k[c, vec] = T.Cast("float32", kv_tile[c * ACROSS + tx, run * 4 + vec])
+                                take_four(k, c, kv_tile, (c * ACROSS + tx) * stride + run * 4, raw)
                             for r in T.unroll(ROWS):
                                 for c in T.unroll(cols):
-                                    for vec in T.unroll(4):
-                                        score[r, c] = score[r, c] + q[r, vec] * k[c, vec]
+                                    for lane in T.unroll(4):
+                                        score[r, c] = score[r, c] + q[r, lane] * k[c, lane]
                         for r in T.unroll(ROWS):
-                            new_top[r] = MASKED
+                            rise[r] = T.float32(MASKED)
                             for c in T.unroll(cols):
-                                score[r, c] = T.if_then_else(
-                                    slot0 + c * ACROSS + tx <= first + row0 + ty * ROWS + r,
+                                score[r, c] = T.Select(
+                                    step * keys + c * ACROSS + tx <= first + row0 + ty + r,
                                     score[r, c] * T.float32(scale),
                                     T.float32(MASKED),
                                 )
-                                new_top[r] = T.max(new_top[r], score[r, c])
-                            meet[ty * ROWS + r, tx] = new_top[r]
+                                rise[r] = T.max(rise[r], score[r, c])
+                            meet[ty + r, tx] = rise[r]
                         T.tvm_storage_sync("shared")
 
-                        for i in T.serial(wide):
-                            e: T.let[T.int32] = i * threads + tid
-                            if e < keys * loads:
-                                for vec in T.vectorized(lanes):
-                                    kv_tile[e // loads, e % loads * lanes + vec] = T.if_then_else(
-                                        e % loads * lanes < head_dim,
-                                        cache[
-                                            1,
-                                            seq,
-                                            head,
-                                            T.min(slot0 + e // loads, end - 1),
-                                            e % loads * lanes + vec,
-                                        ],
-                                        T.Cast(dtype, 0),
-                                    )
+                        # 2. and 3. Every row sees slot 0, so from the first tile on its maximum is a real score.
+                        load_cache(kv_tile, cache, 1, seq, head, step * keys, end, tid)
                         for r in T.unroll(ROWS):
-                            new_top[r] = top[r]
+                            rise[r] = top[r]
                             for x in T.unroll(ACROSS):
-                                new_top[r] = T.max(new_top[r], meet[ty * ROWS + r, x])
-                            total[r] = total[r] * T.exp2(top[r] - new_top[r])
+                                top[r] = T.max(top[r], meet[ty + r, x])
+                            rise[r] = T.exp2(rise[r] - top[r])
+                            total[r] = total[r] * rise[r]
                             for j in T.unroll(mine):
-                                for vec in T.unroll(4):
-                                    acc[r, j, vec] = acc[r, j, vec] * T.exp2(top[r] - new_top[r])
-                            top[r] = new_top[r]
+                                for lane in T.unroll(4):
+                                    acc[r, j, lane] = acc[r, j, lane] * rise[r]
                             for c in T.unroll(cols):
                                 score[r, c] = T.exp2(score[r, c] - top[r])
                                 total[r] = total[r] + score[r, c]
-                                p_tile[ty * ROWS + r, c * ACROSS + tx] = score[r, c]
+                                p_tile[(ty + r) * p_stride + c * ACROSS + tx] = score[r, c]
                         T.tvm_storage_sync("shared")
 
-                        for four in T.serial(keys // 4):
+                        # 4.
+                        for run in T.serial(keys // 4):
                             for r in T.unroll(ROWS):
-                                for vec in T.vectorized(4):
-                                    p[r, vec] = p_tile[ty * ROWS + r, four * 4 + vec]
+                                for lane in T.vectorized(4):
+                                    p[r, lane] = p_tile[(ty + r) * p_stride + run * 4 + lane]
                             for key in T.unroll(4):
                                 for j in T.unroll(mine):
-                                    for vec in T.vectorized(4):
-                                        v[vec] = T.Cast(
-                                            "float32", kv_tile[four * 4 + key, column(j * ACROSS + tx) + vec]
-                                        )
+                                    take_four(v, 0, kv_tile, (run * 4 + key) * stride + column(j * ACROSS + tx), raw)
                                     for r in T.unroll(ROWS):
-                                        for vec in T.unroll(4):
-                                            acc[r, j, vec] = acc[r, j, vec] + p[r, key] * v[vec]
+                                        for lane in T.unroll(4):
+                                            acc[r, j, lane] = acc[r, j, lane] + p[r, key] * v[0, lane]
                         T.tvm_storage_sync("shared")
 
                     for r in T.unroll(ROWS):
-                        meet[ty * ROWS + r, tx] = total[r]
+                        meet[ty + r, tx] = total[r]
                     T.tvm_storage_sync("shared")
                     for r in T.unroll(ROWS):
                         total[r] = T.float32(0)
                         for x in T.unroll(ACROSS):
-                            total[r] = total[r] + meet[ty * ROWS + r, x]
-                    for r in T.unroll(ROWS):
+                            total[r] = total[r] + meet[ty + r, x]
+                        total[r] = T.float32(1) / total[r]
                         for j in T.unroll(mine):
-                            if row0 + ty * ROWS + r < n_rows and (j * ACROSS + tx) * 4 < head_dim:
-                                for part in T.unroll(4 // lanes):
-                                    if (j * ACROSS + tx) * 4 + part * lanes < head_dim:
-                                        for vec in T.vectorized(lanes):
-                                            out[
-                                                seq,
-                                                row0 + ty * ROWS + r,
-                                                head * head_dim + (j * ACROSS + tx) * 4 + part * lanes + vec,
-                                            ] = T.Cast(
-                                                dtype,
-                                                T.if_then_else(
-                                                    row0 + ty * ROWS + r < length,
-                                                    acc[r, j, part * lanes + vec] / total[r],
-                                                    T.float32(0),
-                                                ),
-                                            )
-
-    return prefill
+                            for lane in T.unroll(4):
+                                raw[lane] = T.Cast(
+                                    dtype,
+                                    T.Select(row0 + ty + r < length, acc[r, j, lane] * total[r], T.float32(0)),
+                                )
+                            for part in T.unroll(4 // lanes):
+                                at: T.let[T.int32] = (j * ACROSS + tx) * 4 + part * lanes
+                                if row0 + ty + r < n_rows and at < head_dim:
+                                    for lane in T.vectorized(lanes):
+                                        out[seq, row0 + ty + r, head * head_dim + at + lane] = raw[part * lanes + lane]
+    # fmt: on
+    return prefill_attention
 
 
-def _steps(elements: int, threads: int) -> int:
+def steps(elements: int, threads: int) -> int:
     """Rounds in which `threads` threads do `elements` pieces of work."""
     return -(-elements // threads)

@@ -13,7 +13,6 @@ nowhere else (its reference is ``web/src/webgpu.ts`` in TVM's sources):
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
@@ -38,7 +37,8 @@ LIMITS = (
     "max-compute-workgroup-size-y",
     "max-compute-workgroup-size-z",
 )
-SCALARS = {"i32": np.int32, "u32": np.uint32, "f32": np.float32}
+GUARD = re.compile(r">(\s*podArgs\.packGridDimX\))")  # TVM's test for blocks that folding added
+SCALARS: dict[str, Any] = {"i32": np.int32, "u32": np.uint32, "f32": np.float32}
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,8 @@ class Device:
             required_features=sorted(self.features),
             required_limits={name: adapter.limits[name] for name in LIMITS if name in adapter.limits},
         )
-        self._kernels: dict[str, Kernel] = {}
+        self._kernels: dict[Shader, Kernel] = {}
+        self._fence = self.empty(4, "fence")
         self._period_ns = _timestamp_period(self.device)
 
     @property
@@ -186,9 +187,7 @@ class Device:
                 label=label, size=size, usage=usage.STORAGE | usage.COPY_SRC | usage.COPY_DST
             )
         except self._wgpu.GPUOutOfMemoryError as error:
-            raise UserError(
-                f"{self.name} has no memory left for {size:,} bytes ({label or 'a tensor'})"
-            ) from error
+            raise UserError(f"{self.name} has no memory left for {size:,} bytes ({label or 'a tensor'})") from error
 
     def upload(self, array: np.ndarray, label: str = "") -> Any:
         """A new buffer that holds `array` (C order)."""
@@ -217,15 +216,14 @@ class Device:
     # -- kernels -----------------------------------------------------------------------------------------------
 
     def compile(self, shader: Shader) -> Kernel:
-        """The pipeline for `shader`, made once for each source and kept.
+        """The pipeline for `shader`, made once and kept.
 
         Raises UserError where the kernel needs float16, more threads or more shared memory than the device has,
         and RuntimeError with the compiler's message where it refuses the source.
         """
-        key = hashlib.sha256(f"{shader.name}\n{shader.source}".encode()).hexdigest()
-        if key not in self._kernels:
-            self._kernels[key] = self._compile(shader)
-        return self._kernels[key]
+        if shader not in self._kernels:
+            self._kernels[shader] = self._compile(shader)
+        return self._kernels[shader]
 
     def _compile(self, shader: Shader) -> Kernel:
         self._check(shader)
@@ -240,7 +238,7 @@ class Device:
             for index, (_, writable, _) in enumerate(shader.bindings)
         ]
         entries.append({"binding": len(entries), "visibility": visible, "buffer": {"type": "uniform"}})
-        source = re.sub(r">(\s*podArgs\.packGridDimX\))", r">=\1", shader.source)
+        source = GUARD.sub(r">=\1", shader.source)
         try:
             layout = self.device.create_bind_group_layout(entries=entries)
             module = self.device.create_shader_module(label=shader.name, code=source)
@@ -266,9 +264,7 @@ class Device:
         limits = self.device.limits
         threads, most = math.prod(shader.block), int(limits["max-compute-invocations-per-workgroup"])
         if threads > most:
-            raise UserError(
-                f"kernel {shader.name} has blocks of {threads} threads; {self.name} allows {most}"
-            )
+            raise UserError(f"kernel {shader.name} has blocks of {threads} threads; {self.name} allows {most}")
         buffers, most = len(shader.bindings), int(limits["max-storage-buffers-per-shader-stage"])
         if buffers > most:
             raise UserError(f"kernel {shader.name} takes {buffers} buffers; {self.name} allows {most}")
@@ -308,7 +304,8 @@ class Device:
 
     def wait(self) -> None:
         """Return when all work submitted so far is done."""
-        self.device.queue.on_submitted_work_done_sync()
+        # The queue runs in order, so that a read waits for all before it (wgpu 0.32's own wait raises TypeError).
+        self.device.queue.read_buffer(self._fence)
 
     def time_us(self, launches: Sequence[Launch], repeats: int = 1) -> list[float]:
         """Microseconds on the device for each launch, the mean of `repeats` runs back to back.
@@ -316,9 +313,7 @@ class Device:
         From timestamps around a pass for each launch. Raises UserError where the device has none.
         """
         if not self.has_timestamps:
-            raise UserError(
-                f"{self.name} has no timestamps (timestamp-query); time whole submissions instead"
-            )
+            raise UserError(f"{self.name} has no timestamps (timestamp-query); time whole submissions instead")
         if not launches:
             return []
         usage = self._wgpu.BufferUsage

@@ -1,0 +1,158 @@
+"""`python -m gpt2_tvm.benchmark ARTIFACT…`: prefill and decode rates beside the bandwidth that bounds them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gpt2_tvm import cli
+from gpt2_tvm.errors import UserError
+
+if TYPE_CHECKING:
+    from gpt2_tvm.measure.timing import Say
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="ARTIFACT...", help="Folders made by compile (with --collect: result files)."),
+    ],
+    prompt_tokens: Annotated[
+        str,
+        typer.Option(help="Tokens of the prompt, a comma list; 322 is the whole Gettysburg Address in GPT-2's ids."),
+    ] = "322",
+    generate: Annotated[str, typer.Option(help="Tokens to decode after it, a comma list.")] = "64",
+    batch: Annotated[
+        str, typer.Option(help="Sequences at a time, a comma list; rates count the tokens of all of them.")
+    ] = "1",
+    repeats: Annotated[int, typer.Option(help="Rounds that count.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Rounds before them that do not.")] = 1,
+    peer: Annotated[
+        str | None,
+        typer.Option(help="Also time the same weights in another program, in the same rounds: transformers."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help='"cuda:1", say; default: the first of the artifact\'s kind.')
+    ] = None,
+    format_: Annotated[str, typer.Option("--format", help="What to print: md, csv, json or jsonl.")] = "md",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here, as JSON.")
+    ] = None,
+    collect: Annotated[
+        bool, typer.Option("--collect", help="Merge result files of several devices into one table; nothing is timed.")
+    ] = False,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --collect: draw the chart here (PNG, SVG, PDF).")
+    ] = None,
+) -> None:
+    """Time prefill and decode of artifacts.
+
+    Every combination of artifact, batch, prompt and generated length has one turn a round: a prefill from an
+    empty cache, then greedy decoding. Rates are medians over the rounds, with the standard deviation.
+    Tokenisation and sampling are outside the timing; the greedy choice, which the engine makes on the device,
+    and a peer's argmax are inside.
+
+    GB/s are the bytes that a decode step must read (weights and KV cache) times steps a second, beside the
+    target's peak or, on a CPU without one, the read bandwidth measured in the same run. A model that fits into
+    the caches can pass that bound.
+
+    Each artifact, and each peer, runs in a process of its own: its peak memory is its own, and if it crashes
+    the others go on. All of them are in memory at once.
+
+    \b
+    Examples:
+      python -m gpt2_tvm.benchmark artifacts/gpt2-q0f32-cpu --peer transformers
+      python -m gpt2_tvm.benchmark A B --prompt-tokens 16,322 --batch 1,4 --json here.json
+      python -m gpt2_tvm.benchmark --collect laptop.json server.json --figure devices.png
+    """
+    from gpt2_tvm.measure.tables import check_format
+
+    check_format(format_)
+    if collect:
+        _collect(paths, format_, json_file, figure)
+        return
+    if figure is not None:
+        raise UserError("--figure needs --collect and result files; write one with --json FILE first")
+    if repeats < 1 or warmup < 0:
+        raise UserError(f"--repeats {repeats} --warmup {warmup}: at least 1 round counts, and 0 or more do not")
+    _measure(paths, (batch, prompt_tokens, generate), repeats, warmup, peer, device, format_, json_file)
+
+
+def _measure(
+    paths: list[Path],
+    sizes: tuple[str, str, str],
+    repeats: int,
+    warmup: int,
+    peer: str | None,
+    device: str | None,
+    format_: str,
+    json_file: Path | None,
+) -> None:
+    """Time, print, write. An interrupted run writes what it has, marked as not complete, and ends with 130."""
+    from gpt2_tvm.measure.cases import cross, parse_sizes
+    from gpt2_tvm.measure.session import Session
+    from gpt2_tvm.measure.tables import render
+
+    options = ("--batch", "--prompt-tokens", "--generate")
+    cases = cross(*(parse_sizes(option, text) for option, text in zip(options, sizes, strict=True)))
+    session = Session(paths, cases, repeats, warmup, peer, device)
+    try:
+        with _progress(session.turns) as say:
+            session.run(say)
+    except KeyboardInterrupt:
+        if json_file is not None:
+            cli.write_json(json_file, session.result())
+            print(f"what was measured so far is in {json_file}", file=sys.stderr)
+        raise
+    result = session.result()
+    if json_file is not None:
+        cli.write_json(json_file, result)
+    sys.stdout.write(render(result, format_))
+    sys.stdout.flush()
+    if session.failures:
+        raise UserError("; ".join(session.failures))
+
+
+def _collect(paths: list[Path], format_: str, json_file: Path | None, figure: Path | None) -> None:
+    from gpt2_tvm.measure.collect import cross_platform_table, draw, read_results
+    from gpt2_tvm.measure.tables import render
+
+    rows, notes = read_results(paths)
+    merged = {"complete": not notes, "rows": rows}
+    if figure is not None:
+        draw(rows, figure)
+        print(f"wrote {figure}", file=sys.stderr)
+    if json_file is not None:
+        cli.write_json(json_file, merged)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    sys.stdout.write(cross_platform_table(rows) if format_ == "md" else render(merged, format_))
+
+
+@contextmanager
+def _progress(turns: int) -> Iterator[Say]:
+    """A bar on stderr while the block runs; on what is no terminal, one line at the start."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        print(f"timing {turns} turns …", file=sys.stderr)
+        yield lambda what, turns: None
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=turns)
+        yield lambda what, turns: bar.update(task, description=what, completed=turns)
+
+
+if __name__ == "__main__":
+    cli.run(app)

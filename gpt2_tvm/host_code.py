@@ -1,0 +1,168 @@
+"""What TVM's host code does for each PrimFunc: which device kernels it launches, with which buffers, scalars and grid.
+
+TVM splits a scheduled PrimFunc into kernels and host code that launches them. A machine that cannot run that host code (a browser
+without TVM, PyPI's wgpu) must make the same launches; here they are read from the host code itself, not guessed from names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import tirx
+from tvm.ir import Call
+from tvm.tirx.build import split_host_device_mods
+
+from gpt2_tvm.expressions import Text, to_text
+
+# The fields of tvm_struct_get that the host code reads (TVMStructFieldKind in TVM's include/tvm/tirx/builtin.h).
+DATA, SHAPE, ARGUMENT_HANDLE, ELEMENT = 1, 2, 15, 17
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Dimension `axis` of a PrimFunc's argument, the only unknowns in a launch."""
+
+    argument: int
+    axis: int
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """A global buffer that host code allocates between its kernels: its size and dtype."""
+
+    index: int
+    elements: Callable[[Callable[[Extent], Text]], Text]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class HostLaunch:
+    """One launch. buffers: each an argument's index or a Scratch. scalars, grid: called with what stands for an `Extent`."""
+
+    kernel: str
+    buffers: tuple[int | Scratch, ...]
+    scalars: tuple[Callable[[Callable[[Extent], Text]], Text], ...]
+    grid: tuple[Callable[[Callable[[Extent], Text]], Text], ...]
+
+
+def host_launches(functions: dict[Any, tirx.PrimFunc], target: tvm.target.Target) -> dict[str, list[HostLaunch]]:
+    """The launches of each PrimFunc, in order, by its name: TVM's own TIR pipeline for `target`, read after the split.
+
+    Raises RuntimeError for host code that is more than launches in a row (loops, library calls): nothing could replay it.
+    """
+    if target.host is None:
+        target = target.with_host("llvm")
+    with target:
+        module = tirx.transform.BindTarget(target)(tvm.IRModule(functions))
+        pipeline, _, _ = tirx.get_default_tir_pipeline(target)
+        host, _ = split_host_device_mods(pipeline(module))
+    return {var.name_hint: _Reader(var.name_hint, func).launches for var, func in host.functions_items()}
+
+
+class _Reader:
+    """One host function: its definitions, then its launches in terms of its arguments."""
+
+    def __init__(self, name: str, func: tirx.PrimFunc) -> None:
+        self.name, self.arguments = name, func.params[1]
+        self.values: dict[Any, Any] = {}
+        self.scratch: dict[Any, Scratch] = {}
+        self.launches: list[HostLaunch] = []
+        visit = [
+            (tirx.Bind, self._bind),
+            (tirx.DeclBuffer, self._declare),
+            (tirx.AllocBuffer, self._allocate),
+            ((tirx.For, tirx.While), self._refuse),
+            (Call, self._call),
+        ]
+        tvm_ffi.structural_walk(func.body, visit, order="pre")
+
+    def _bind(self, node: Any) -> None:
+        self.values[node.var] = node.value
+
+    def _declare(self, node: Any) -> None:
+        self.values[node.buffer] = node.data
+
+    def _allocate(self, node: Any) -> None:
+        buffer = node.buffer
+        elements = tirx.const(1, "int64")
+        for extent in buffer.shape:
+            elements = elements * extent
+        self.scratch[buffer] = Scratch(len(self.scratch), self._expression(elements), str(buffer.dtype))
+
+    def _refuse(self, node: Any) -> None:
+        raise RuntimeError(f"the host code of {self.name} has a loop around its kernels; it cannot be replayed")
+
+    def _call(self, call: Call) -> None:
+        if not str(getattr(call.op, "name", "")).endswith("call_ffi_kernel"):
+            return
+        tags = [str(tag) for tag in call.attrs.launch_params]
+        given = list(call.args[1:])
+        extents = dict(zip(tags, given[len(given) - len(tags) :], strict=True))
+        plain = given[: len(given) - len(tags)]
+        pointers = [a for a in plain if self._is_pointer(a)]
+        one = tirx.const(1, "int32")
+        self.launches.append(
+            HostLaunch(
+                kernel=str(call.args[0].value),
+                buffers=tuple(self._buffer(p) for p in pointers),
+                scalars=tuple(self._expression(a) for a in plain[len(pointers) :]),
+                grid=tuple(self._expression(extents.get(f"blockIdx.{axis}", one)) for axis in "xyz"),
+            )
+        )
+
+    @staticmethod
+    def _is_pointer(expr: Any) -> bool:
+        return isinstance(expr, Call) and str(expr.op.name) in ("tirx.buffer_data", "tirx.reinterpret")
+
+    def _buffer(self, expr: Any) -> int | Scratch:
+        """The argument, or the scratch buffer, that a pointer points to."""
+        while True:
+            if expr in self.scratch:
+                return self.scratch[expr]
+            if isinstance(expr, Call):
+                name = str(expr.op.name)
+                if name == "tirx.tvm_struct_get" and int(expr.args[2]) == DATA:
+                    return self._argument(expr.args[0])
+                if name in ("tirx.buffer_data", "tirx.reinterpret"):
+                    expr = expr.args[0]
+                    continue
+            if expr not in self.values:
+                raise RuntimeError(f"the host code of {self.name} passes a pointer of unknown origin: {expr}")
+            expr = self.values[expr]
+
+    def _argument(self, handle: Any) -> int:
+        """Which argument of the function a handle is."""
+        found: list[int] = []
+
+        def see(call: Call) -> None:
+            if str(getattr(call.op, "name", "")) == "tirx.tvm_struct_get" and call.args[0].same_as(self.arguments):
+                if int(call.args[2]) == ARGUMENT_HANDLE:
+                    found.append(int(call.args[1]))
+
+        tvm_ffi.structural_walk(self.values[handle], [(Call, see)], order="pre")
+        if len(set(found)) != 1:
+            raise RuntimeError(f"the host code of {self.name} has a handle of unknown origin: {handle}")
+        return found[0]
+
+    def _expression(self, expr: Any) -> Callable[[Callable[[Extent], Text]], Text]:
+        def text(extent_text: Callable[[Extent], Text]) -> Text:
+            def leaf(node: Any) -> Text | None:
+                if isinstance(node, Call) and str(getattr(node.op, "name", "")) == "tirx.tvm_struct_get":
+                    return extent_text(self._extent(node))
+                if node in self.values:
+                    return to_text(self.values[node], leaf)
+                return None
+
+            return to_text(expr, leaf)
+
+        return text
+
+    def _extent(self, call: Call) -> Extent:
+        shape = self.values.get(call.args[0])
+        if int(call.args[2]) != ELEMENT or shape is None or int(shape.args[2]) != SHAPE:
+            raise RuntimeError(f"the host code of {self.name} reads {call}, which is no extent of an argument")
+        return Extent(self._argument(shape.args[0]), int(call.args[1]))

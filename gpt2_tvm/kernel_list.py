@@ -1,0 +1,215 @@
+"""`kernels.json`: what a webgpu artifact's functions launch, for machines that have no TVM virtual machine to ask.
+
+::
+
+    {"format": 1,
+     "functions": {"prefill": {
+        "inputs":   [TENSOR or [TENSOR, ...] for a tuple argument],   the packed parameters are not among them
+        "storages": [BYTES, ...],                                     memory that tensors take turns in, as TVM planned it
+        "tensors":  [TENSOR with "storage": index, ...],              what the function makes itself
+        "launches": [{"kernel": entry point, "buffers": [REF, ...], "scalars": [SIZE, ...], "grid": [SIZE, SIZE, SIZE]}, ...],
+        "outputs":  REF or [REF, ...]}}}
+
+TENSOR is ``{"shape": [SIZE, ...], "dtype": name}``. SIZE and BYTES are integers or texts of `expressions`, over the names that stand
+in the inputs' shapes. REF is ``["input", i]``, ``["input", i, j]`` (element of a tuple), ``["param", i]`` (the
+manifest's "params" names them) or ``["tensor", k]``.
+Buffers stand in binding order; one uniform block follows them, the scalars and then ``packGridDimX`` (`runners.wgpu_device`). A
+reshape is no launch: two tensors of one storage. In-place arguments appear as the input that they are.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tvm
+from tvm import relax, tirx
+from tvm.ir import GlobalVar
+
+from gpt2_tvm.expressions import Text, combine, to_text
+from gpt2_tvm.host_code import HostLaunch, host_launches
+from gpt2_tvm.toolchains.webgpu import KERNELS
+
+if TYPE_CHECKING:
+    from gpt2_tvm.build import Plan
+    from gpt2_tvm.pipeline import Lowered
+
+FORMAT = 1
+KERNEL_LIST = "kernels.json"
+
+Ref = list[Any]
+
+
+def write_kernel_list(work: Path, lowered: Lowered, plan: Plan, executable: Any) -> None:
+    """Write `work`/kernels.json beside the kernels.wgsl that `toolchains.webgpu.export` wrote.
+
+    Raises RuntimeError where a function does what a list of launches cannot say, or names a kernel that kernels.wgsl lacks.
+    """
+    from gpt2_tvm.runners.wgpu_device import parse_wgsl
+
+    functions = {v: f for v, f in lowered.final.functions_items() if isinstance(f, tirx.PrimFunc)}
+    launches = host_launches(functions, plan.target.tvm_target())
+    listed = {
+        var.name_hint: _Program(var.name_hint, func, launches).to_json()
+        for var, func in lowered.lowered.functions_items()
+        if isinstance(func, relax.Function)
+    }
+    shaders = parse_wgsl((work / KERNELS).read_text(encoding="utf-8"))
+    for name, program in listed.items():
+        for launch in program["launches"]:
+            shader = shaders.get(launch["kernel"])
+            asked = (len(launch["buffers"]), len(launch["scalars"]))
+            if shader is None or asked != (len(shader.bindings), len(shader.scalars)):
+                raise RuntimeError(f"{name} launches {launch['kernel']}{asked}, which {KERNELS} does not have")
+    text = json.dumps({"format": FORMAT, "functions": listed}, separators=(",", ":"))
+    (work / KERNEL_LIST).write_text(text + "\n", encoding="utf-8")
+
+
+def _size(expr: Any) -> Text:
+    """A Relax shape's expression; its variables keep their names."""
+    return to_text(expr, lambda node: str(node.name) if isinstance(node, tirx.Var) else None)
+
+
+def _shape(of: Any) -> list[Text]:
+    return [_size(extent) for extent in of]
+
+
+class _Program:
+    """One lowered Relax function (`Lowered.lowered`), read binding by binding."""
+
+    def __init__(self, name: str, func: relax.Function, launches: dict[str, list[HostLaunch]]) -> None:
+        self.name, self.host = name, launches
+        self.refs: dict[Any, Any] = {}  # variable -> REF, or a list of REFs for a tuple, or a storage's index
+        self.shapes: dict[Any, list[Text]] = {}
+        self.storages: list[Text] = []
+        self.tensors: list[dict[str, Any]] = []
+        self.launches: list[dict[str, Any]] = []
+        self.inputs: list[Any] = []
+        self._read_parameters(func)
+        for block in func.body.blocks:
+            for binding in block.bindings:
+                if not isinstance(binding, relax.VarBinding):
+                    raise self._refuse(binding)
+                self._bind(binding.var, binding.value)
+        self.outputs = self._ref(func.body.body)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "inputs": self.inputs,
+            "storages": self.storages,
+            "tensors": self.tensors,
+            "launches": self.launches,
+            "outputs": self.outputs,
+        }
+
+    def _read_parameters(self, func: relax.Function) -> None:
+        inputs = int(func.attrs["num_input"]) if func.attrs and "num_input" in func.attrs else len(func.params)
+        for i, param in enumerate(func.params):
+            ty = param.ty
+            fields = list(ty.fields) if isinstance(ty, relax.TupleType) else None
+            if i >= inputs:  # the tuple of parameters; the bindings that take it apart carry their names
+                if fields is None:
+                    raise self._refuse(param)
+                self.refs[param] = "params"
+                continue
+            ref: Ref = ["input", i]
+            self.refs[param] = ref if fields is None else [[*ref, j] for j in range(len(fields))]
+            self.inputs.append(self._tensor(ty) if fields is None else [self._tensor(f) for f in fields])
+
+    @staticmethod
+    def _tensor(ty: Any) -> dict[str, Any]:
+        return {"shape": _shape(ty.shape), "dtype": str(ty.dtype)}
+
+    def _bind(self, var: Any, value: Any) -> None:
+        if isinstance(value, relax.TupleGetItem):
+            self._take(var, value)
+        elif isinstance(value, relax.Call) and isinstance(value.op, GlobalVar):
+            self._launch(value)
+        elif isinstance(value, relax.Call):
+            self._operator(var, value)
+        else:  # another name for what is there already, a tuple of it, or a constant that nothing uses
+            self.refs[var] = self._ref(value)
+
+    def _take(self, var: Any, value: relax.TupleGetItem) -> None:
+        of = self.refs[value.tuple_value]
+        self.refs[var] = ["param", int(value.index)] if of == "params" else of[int(value.index)]
+
+    def _operator(self, var: Any, call: relax.Call) -> None:
+        name = str(call.op.name)
+        if name == "relax.memory.alloc_storage":
+            (nbytes,) = _shape(call.args[0].values)
+            self.refs[var] = self._storage(nbytes)
+        elif name == "relax.memory.alloc_tensor":
+            storage, offset, shape, dtype = call.args[:4]
+            if _size(offset.value) != 0:
+                raise self._refuse(call)
+            self._allocate(var, self.refs[storage], _shape(shape.values), str(dtype.value))
+        elif name == "relax.builtin.alloc_tensor":
+            shape, dtype = _shape(call.args[0].values), str(call.args[1].value)
+            self._allocate(var, self._storage(_bytes(shape, dtype)), shape, dtype)
+        elif name == "relax.reshape":
+            self._view(var, call)
+        else:
+            raise self._refuse(call)
+
+    def _storage(self, nbytes: Text) -> int:
+        self.storages.append(nbytes)
+        return len(self.storages) - 1
+
+    def _allocate(self, var: Any, storage: int, shape: list[Text], dtype: str) -> None:
+        self.tensors.append({"shape": shape, "dtype": dtype, "storage": storage})
+        self.refs[var] = ["tensor", len(self.tensors) - 1]
+
+    def _view(self, var: Any, call: relax.Call) -> None:
+        """A reshape: for what the function made, another tensor of the same storage; for an input, the input itself."""
+        ref = self._ref(call.args[0])
+        if ref[0] == "tensor":
+            seen = self.tensors[ref[1]]
+            self._allocate(var, seen["storage"], _shape(var.ty.shape), seen["dtype"])
+        else:
+            self.refs[var] = ref
+
+    def _ref(self, expr: Any) -> Any:
+        if isinstance(expr, relax.Tuple):
+            return [self._ref(field) for field in expr.fields]
+        if expr not in self.refs:
+            raise self._refuse(expr)
+        return self.refs[expr]
+
+    def _launch(self, call: relax.Call) -> None:
+        shapes = [_shape(argument.ty.shape) for argument in call.args]
+        scratch: dict[int, Ref] = {}
+
+        def extent(of: Any) -> Text:
+            return shapes[of.argument][of.axis]
+
+        for launch in self.host[call.op.name_hint]:
+            buffers = []
+            for buffer in launch.buffers:
+                if isinstance(buffer, int):
+                    buffers.append(self._ref(call.args[buffer]))
+                    continue
+                if buffer.index not in scratch:
+                    shape = [buffer.elements(extent)]
+                    self._allocate(None, self._storage(_bytes(shape, buffer.dtype)), shape, buffer.dtype)
+                    scratch[buffer.index] = self.refs[None]
+                buffers.append(scratch[buffer.index])
+            self.launches.append(
+                {
+                    "kernel": launch.kernel,
+                    "buffers": buffers,
+                    "scalars": [scalar(extent) for scalar in launch.scalars],
+                    "grid": [axis(extent) for axis in launch.grid],
+                }
+            )
+
+    def _refuse(self, node: Any) -> RuntimeError:
+        return RuntimeError(f"{self.name} does what a list of launches cannot say: {node}")
+
+
+def _bytes(shape: list[Text], dtype: str) -> Text:
+    total: Text = tvm.DataType(dtype).bits // 8
+    for extent in shape:
+        total = combine("*", total, extent)
+    return total

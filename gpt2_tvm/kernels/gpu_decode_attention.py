@@ -1,0 +1,400 @@
+"""Attention of one row a sequence (decode) or a few (verify): split-KV.
+
+A row alone is a matrix-vector product with the cache: it moves bytes, and one block a head would leave most of a GPU
+idle. So the slots of a head are shared out to several blocks (splits), each with an online softmax of its own; a second
+kernel merges their sums (Dao et al. 2023, "Flash-Decoding for long-context inference"). How many slots a split takes
+follows the live length of its sequence, which lies in `positions` on the device: the grid stays fixed, so that one
+step can be recorded once and replayed.
+
+Within a block, for each tile of slots:
+
+1. keys go to shared memory and values to registers, all loads in flight at once
+2. each thread scores one key against its share of the rows
+3. threads form groups of D/4; each group sums ``p . V`` over its own eight slots of the tile, under a maximum of its
+   own: no reduction across the block, and two barriers a tile
+
+The groups meet once, at the end. Up to eight rows of a sequence share the loads.
+
+Slots of this call's rows are read from the cache, or from qkv itself (``append``); then the block that loads such a slot
+also writes it to the cache, and a step needs no launch for that.
+"""
+
+# mypy: disable-error-code="valid-type,misc"
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from gpt2_tvm.errors import UserError
+from gpt2_tvm.kernels.gpu_prefill_attention import MASKED, padded, steps
+from gpt2_tvm.kernels.spec import AttentionSpec, GpuLimits
+
+THREADS = 128
+SLOTS = 8  # of a tile, in one group of threads: eight loads of values in flight a thread
+MAX_TREE_ROWS = 32  # bits in a row of the tree
+SHARED_ROWS = 8  # rows of a sequence that share the loads: their sums are 4 registers each
+MAX_SPLITS = 32
+# Blocks wanted in flight: a large GPU has some 130 cores that each hold several; the smaller ones behind Metal and
+# WebGPU are full sooner, and every split costs the merge.
+BLOCKS = {"cuda": 256, "rocm": 256}
+FEWER_BLOCKS = 64
+
+
+class DecodeKernels(NamedTuple):
+    """partial: ``(qkv [B, m, 3HD], positions [B], lengths [B], cache [2, B, H, S, D], [tree [B, m],] parts)``.
+
+    combine: ``(parts, positions [B], lengths [B], out [B, m, HD])``; None where there is one split: then the last
+    argument of partial is ``out`` itself. workspace: shape of parts, float32 ``[B, m, H, splits, D + 2]`` (weighted sum
+    of values, maximum, sum of weights), or None with combine.
+    """
+
+    partial: PrimFunc
+    combine: PrimFunc | None
+    workspace: tuple[int, ...] | None
+
+
+def choose_splits(spec: AttentionSpec, limits: GpuLimits, blocks: int, tile: int) -> int:
+    """Splits of a head where there are `blocks` blocks without: enough to fill the device, none without work."""
+    wanted = BLOCKS.get(limits.kind, FEWER_BLOCKS) // blocks
+    return max(1, min(wanted, steps(spec.capacity, tile), MAX_SPLITS))
+
+
+@cache
+def decode_attention(
+    spec: AttentionSpec,
+    limits: GpuLimits,
+    batch: int,
+    rows: int,
+    tree: bool = False,
+    append: bool = False,
+    splits: int | None = None,
+) -> DecodeKernels:
+    """Kernels for `batch` sequences of `rows` rows each, 1 to 32.
+
+    Row i of a sequence attends to slots ``[0, positions[b])`` and to slot ``positions[b] + j`` where ``j <= i``, or,
+    with tree, where bit j of ``tree[b, i]`` (int32) is set. Rows ``i >= lengths[b]`` write zeros; so does a row that
+    may look at nothing. append: k and v of the valid rows are taken from qkv and written to the cache (argument 3,
+    in place); otherwise they are in the cache already. Slots at or past the capacity are neither read nor written.
+    splits: how many, instead of a choice by capacity and limits.
+    Raises UserError for rows outside 1 to 32, or where a block does not fit the device.
+    """
+    if not 1 <= rows <= MAX_TREE_ROWS:
+        raise UserError(f"one call can verify 1 to {MAX_TREE_ROWS} tokens a sequence, not {rows}")
+    n_head, head_dim, capacity, dtype, width = spec.n_head, spec.head_dim, spec.capacity, spec.dtype, spec.width
+    threads = min(THREADS, limits.threads_per_block)
+    lanes = limits.lanes(head_dim)
+    runs = steps(head_dim, 4)  # of four elements in a row: threads in a group
+    groups = min(threads // runs, threads // SLOTS, SLOTS)
+    tile = groups * SLOTS
+    chunks = steps(rows, SHARED_ROWS)  # of rows, a block each
+    height = steps(rows, chunks)  # rows in a chunk; those past the last one are left out
+    stride = padded(head_dim)
+    shared = 4 * (tile * stride + height * (runs * 4 + tile) + 2 * groups * height)
+    if groups < 1 or shared > limits.shared_memory_bytes:
+        raise UserError(
+            f"flash attention over heads of {head_dim} needs blocks of {max(runs, SLOTS)} threads and {shared} bytes "
+            f"of shared memory; the target allows {limits.threads_per_block} and {limits.shared_memory_bytes}: "
+            "compile with --attention materialized"
+        )
+    lines = threads // tile  # threads with the same key: each takes every lines-th row
+    per_line = steps(height, lines)
+    count = splits or choose_splits(spec, limits, batch * chunks * n_head, tile)
+    pieces = 4 // lanes  # loads of a run
+    scale = spec.scale * math.log2(math.e)
+    workspace = (batch, rows, n_head, count, head_dim + 2)
+    out_shape, out_dtype = ((batch, rows, width), dtype) if count == 1 else (workspace, "float32")
+
+    def live(positions: Any, lengths: Any, seq: Any) -> Any:
+        """Slots that this call may look at."""
+        first = T.max(T.min(positions[seq], capacity), 0)
+        return T.Select(lengths[seq] > 0, T.min(first + T.min(lengths[seq], rows), capacity), 0)
+
+    def tiles_a_split(slots: Any) -> Any:
+        return steps_of(steps_of(slots, tile), count)
+
+    def column(run: Any, piece: Any) -> Any:
+        """First element of a piece of a run. Neighbours in a group load neighbouring pieces."""
+        return (piece * runs + run) * lanes
+
+    def sees(mask: Any, seq: Any, row: Any, new: Any) -> Any:
+        """Whether a row may look at this call's row `new` (below 0: it was there before)."""
+        if not tree:
+            return new <= row
+        bit = T.shift_right(mask[seq, T.min(row, rows - 1)], T.min(T.max(new, 0), 31))
+        return T.Or(new < 0, T.bitwise_and(bit, 1) == 1)
+
+    # fmt: off
+    @T.inline
+    def put(stage, at, raw, wide):
+        """Conversions one by one between load and store: Metal has no cast of half4 to float4 as TVM writes it."""
+        for lane in T.unroll(lanes):
+            wide[lane] = T.Cast("float32", raw[lane])
+        for lane in T.vectorized(lanes):
+            stage[at + lane] = wide[lane]
+
+    @T.inline
+    def bring_new_rows(qkv, cache, stage, values, raw, wide, seq, head, row0, run, group, slot0, first, end, tid):
+        """This call's rows among the tile's slots: from qkv, and into the cache (by the first chunk's block)."""
+        for i in T.serial(steps(rows * runs * pieces, threads)):
+            e: T.let[T.int32] = i * threads + tid
+            row: T.let[T.int32] = e // (runs * pieces)
+            col: T.let[T.int32] = e % (runs * pieces) * lanes
+            at: T.let[T.int32] = head * head_dim + col
+            if first + row >= slot0 and first + row < T.min(slot0 + tile, end) and row < rows and col < head_dim:
+                for lane in T.vectorized(lanes):
+                    raw[lane] = qkv[seq, row, width + at + lane]
+                put(stage, (first + row - slot0) * stride + col, raw, wide)
+                if row0 == 0:
+                    for part in T.unroll(2):
+                        for lane in T.vectorized(lanes):
+                            cache[part, seq, head, first + row, col + lane] = qkv[
+                                seq, row, (1 + part) * width + at + lane
+                            ]
+        for i in T.unroll(SLOTS):
+            for piece in T.unroll(pieces):
+                if group < groups and column(run, piece) < head_dim and slot0 + i * groups + group >= first:
+                    # Past the end the last new row: what was loaded may be memory that nothing was written to yet.
+                    for lane in T.vectorized(lanes):
+                        values[i * 4 + piece * lanes + lane] = qkv[
+                            seq, T.max(T.min(slot0 + i * groups + group, end - 1) - first, 0),
+                            2 * width + head * head_dim + column(run, piece) + lane,
+                        ]
+
+    @T.inline
+    def body(qkv, positions, lengths, mask, cache, out):
+        stage = T.sblock_alloc_buffer((tile * stride,), "float32", scope="shared")  # keys; at the end sums of groups
+        q_tile = T.sblock_alloc_buffer((height * runs * 4,), "float32", scope="shared")
+        scores = T.sblock_alloc_buffer((height * tile,), "float32", scope="shared")
+        meet = T.sblock_alloc_buffer((groups, height, 2), "float32", scope="shared")  # maximum, sum
+        # One-element buffers: a let would be written out again wherever it is used, and again in what uses that.
+        slot0 = T.sblock_alloc_buffer((1,), "int32", scope="local")
+        slot = T.sblock_alloc_buffer((1,), "int32", scope="local")
+        values = T.sblock_alloc_buffer((SLOTS * 4,), dtype, scope="local")
+        raw = T.sblock_alloc_buffer((lanes,), dtype, scope="local")
+        wide = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+        k = T.sblock_alloc_buffer((4,), "float32", scope="local")
+        score = T.sblock_alloc_buffer((per_line,), "float32", scope="local")
+        p = T.sblock_alloc_buffer((SLOTS,), "float32", scope="local")
+        acc = T.sblock_alloc_buffer((height, 4), "float32", scope="local")
+        top = T.sblock_alloc_buffer((height,), "float32", scope="local")
+        rise = T.sblock_alloc_buffer((1,), "float32", scope="local")
+        total = T.sblock_alloc_buffer((height,), "float32", scope="local")
+        merged = T.sblock_alloc_buffer((3,), "float32", scope="local")  # maximum, sum, weighted sum
+
+        for bx in T.thread_binding(batch * chunks * count, thread="blockIdx.x"):
+            for head in T.thread_binding(n_head, thread="blockIdx.y"):
+                for tid in T.thread_binding(threads, thread="threadIdx.x"):
+                    seq: T.let[T.int32] = bx // (chunks * count)
+                    row0: T.let[T.int32] = bx // count % chunks * height
+                    split: T.let[T.int32] = bx % count
+                    group: T.let[T.int32] = tid // runs
+                    run: T.let[T.int32] = tid % runs
+                    key: T.let[T.int32] = tid % tile
+                    line: T.let[T.int32] = tid // tile
+                    first: T.let[T.int32] = T.max(T.min(positions[seq], capacity), 0)
+                    end: T.let[T.int32] = live(positions, lengths, seq)
+                    share: T.let[T.int32] = tiles_a_split(end)
+                    last: T.let[T.int32] = T.max(first - 1, 0) if append else end - 1  # slot to read in the cache
+
+                    for i in T.serial(steps(height * runs * 4, threads)):
+                        e: T.let[T.int32] = i * threads + tid
+                        if e < height * runs * 4:
+                            q_tile[e] = T.if_then_else(
+                                e % (runs * 4) < head_dim and row0 + e // (runs * 4) < rows,
+                                T.Cast("float32", qkv[seq, row0 + e // (runs * 4), head * head_dim + e % (runs * 4)]),
+                                T.float32(0),
+                            )
+                    for r in T.unroll(height):
+                        top[r] = T.float32(MASKED)
+                        total[r] = T.float32(0)
+                        for lane in T.unroll(4):
+                            acc[r, lane] = T.float32(0)
+
+                    for step in T.serial(T.max(T.min(share, steps_of(end, tile) - split * share), 0)):
+                        slot0[0] = (split * share + step) * tile
+                        # 1. Past the last slot it is read again: no branch between loads, and its score is masked.
+                        for i in T.serial(steps(tile * runs * pieces, threads)):
+                            e: T.let[T.int32] = i * threads + tid
+                            row: T.let[T.int32] = e // (runs * pieces)
+                            col: T.let[T.int32] = e % (runs * pieces) * lanes
+                            if e < tile * runs * pieces and col < head_dim and (not append or slot0[0] + row < first):
+                                for lane in T.vectorized(lanes):
+                                    raw[lane] = cache[0, seq, head, T.min(slot0[0] + row, last), col + lane]
+                                put(stage, row * stride + col, raw, wide)
+                            elif e < tile * runs * pieces and col >= head_dim:
+                                for lane in T.vectorized(lanes):
+                                    stage[row * stride + col + lane] = T.float32(0)
+                        for i in T.unroll(SLOTS):
+                            slot[0] = T.min(slot0[0] + i * groups + group, last)
+                            for piece in T.unroll(pieces):
+                                if group < groups and column(run, piece) < head_dim:
+                                    for lane in T.vectorized(lanes):
+                                        values[i * 4 + piece * lanes + lane] = cache[
+                                            1, seq, head, slot[0], column(run, piece) + lane
+                                        ]
+                        if append and slot0[0] + tile > first:
+                            bring_new_rows(
+                                qkv, cache, stage, values, raw, wide,
+                                seq, head, row0, run, group, slot0[0], first, end, tid,
+                            )
+                        T.tvm_storage_sync("shared")
+
+                        # 2.
+                        if line < lines:
+                            for r in T.unroll(per_line):
+                                score[r] = T.float32(0)
+                            for part in T.serial(runs):
+                                for lane in T.vectorized(4):
+                                    k[lane] = stage[key * stride + part * 4 + lane]
+                                for r in T.unroll(per_line):
+                                    for lane in T.unroll(4):
+                                        score[r] = score[r] + k[lane] * q_tile[
+                                            T.min(r * lines + line, height - 1) * (runs * 4) + part * 4 + lane
+                                        ]
+                            for r in T.unroll(per_line):
+                                row: T.let[T.int32] = r * lines + line
+                                if row < height:
+                                    scores[row * tile + key] = T.if_then_else(
+                                        slot0[0] + key < end and sees(mask, seq, row0 + row, slot0[0] + key - first),
+                                        score[r] * T.float32(scale),
+                                        T.float32(MASKED),
+                                    )
+                        T.tvm_storage_sync("shared")
+
+                        # 3. Slots i * groups + group of the tile are my group's.
+                        if group < groups:
+                            for r in T.unroll(height):
+                                rise[0] = top[r]
+                                for i in T.unroll(SLOTS):
+                                    p[i] = scores[r * tile + i * groups + group]
+                                    top[r] = T.max(top[r], p[i])
+                                rise[0] = T.exp2(rise[0] - top[r])
+                                total[r] = total[r] * rise[0]
+                                for lane in T.unroll(4):
+                                    acc[r, lane] = acc[r, lane] * rise[0]
+                                for i in T.unroll(SLOTS):
+                                    # Where all is masked so far the maximum is no score, and exp2(0) no weight.
+                                    p[i] = T.Select(p[i] > T.float32(MASKED / 2), T.exp2(p[i] - top[r]), T.float32(0))
+                                    total[r] = total[r] + p[i]
+                                    for lane in T.unroll(4):
+                                        acc[r, lane] = acc[r, lane] + p[i] * T.Cast("float32", values[i * 4 + lane])
+
+                    # The groups meet. `stage` is free: all scores of the last tile were read after a barrier.
+                    if group < groups:
+                        for r in T.unroll(height):
+                            for piece in T.unroll(pieces):
+                                for lane in T.unroll(lanes):
+                                    if column(run, piece) < head_dim:
+                                        stage[(group * height + r) * head_dim + column(run, piece) + lane] = acc[
+                                            r, piece * lanes + lane
+                                        ]
+                            if run == 0:
+                                meet[group, r, 0] = top[r]
+                                meet[group, r, 1] = total[r]
+                    T.tvm_storage_sync("shared")
+                    for i in T.serial(steps(height * head_dim, threads)):
+                        e: T.let[T.int32] = i * threads + tid
+                        r: T.let[T.int32] = e // head_dim
+                        d: T.let[T.int32] = e % head_dim
+                        if e < height * head_dim and row0 + r < rows:
+                            merged[0] = T.float32(MASKED)
+                            merged[1] = T.float32(0)
+                            merged[2] = T.float32(0)
+                            for g in T.unroll(groups):
+                                merged[0] = T.max(merged[0], meet[g, r, 0])
+                            for g in T.unroll(groups):
+                                weight: T.let[T.float32] = T.exp2(meet[g, r, 0] - merged[0])
+                                merged[1] = merged[1] + weight * meet[g, r, 1]
+                                merged[2] = merged[2] + weight * stage[(g * height + r) * head_dim + d]
+                            if count == 1:
+                                out[seq, row0 + r, head * head_dim + d] = T.Cast(
+                                    dtype,
+                                    T.if_then_else(
+                                        row0 + r < lengths[seq] and merged[1] > T.float32(0),
+                                        merged[2] / merged[1],
+                                        T.float32(0),
+                                    ),
+                                )
+                            else:
+                                out[seq, row0 + r, head, split, d] = merged[2]
+                                if d == 0:
+                                    out[seq, row0 + r, head, split, head_dim] = merged[0]
+                                    out[seq, row0 + r, head, split, head_dim + 1] = merged[1]
+
+    if tree:
+
+        @T.prim_func(private=True, s_tir=True)
+        def partial(
+            qkv: T.Buffer((batch, rows, 3 * width), dtype),
+            positions: T.Buffer((batch,), "int32"),
+            lengths: T.Buffer((batch,), "int32"),
+            cache: T.Buffer((2, batch, n_head, capacity, head_dim), dtype),
+            mask: T.Buffer((batch, rows), "int32"),
+            out: T.Buffer(out_shape, out_dtype),
+        ):
+            T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": 8})
+            body(qkv, positions, lengths, mask, cache, out)
+
+    else:
+
+        @T.prim_func(private=True, s_tir=True)
+        def partial(
+            qkv: T.Buffer((batch, rows, 3 * width), dtype),
+            positions: T.Buffer((batch,), "int32"),
+            lengths: T.Buffer((batch,), "int32"),
+            cache: T.Buffer((2, batch, n_head, capacity, head_dim), dtype),
+            out: T.Buffer(out_shape, out_dtype),
+        ):
+            T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": 8})
+            body(qkv, positions, lengths, positions, cache, out)
+
+    if count == 1:
+        return DecodeKernels(partial, None, None)
+    blocks = steps(width, threads)
+
+    @T.prim_func(private=True, s_tir=True)
+    def combine(
+        parts: T.Buffer(workspace, "float32"),
+        positions: T.Buffer((batch,), "int32"),
+        lengths: T.Buffer((batch,), "int32"),
+        out: T.Buffer((batch, rows, width), dtype),
+    ):
+        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": 8})
+        merged = T.sblock_alloc_buffer((3,), "float32", scope="local")  # maximum, sum, weighted sum
+        for bx in T.thread_binding(batch * rows, thread="blockIdx.x"):
+            for by in T.thread_binding(blocks, thread="blockIdx.y"):
+                for tid in T.thread_binding(threads, thread="threadIdx.x"):
+                    seq: T.let[T.int32] = bx // rows
+                    row: T.let[T.int32] = bx % rows
+                    e: T.let[T.int32] = by * threads + tid
+                    head: T.let[T.int32] = e // head_dim
+                    tiles: T.let[T.int32] = steps_of(live(positions, lengths, seq), tile)
+                    share: T.let[T.int32] = T.max(steps_of(tiles, count), 1)
+                    if e < width:
+                        merged[0] = T.float32(MASKED)
+                        merged[1] = T.float32(0)
+                        merged[2] = T.float32(0)
+                        # Splits past the last tile wrote sums of nothing; they are not worth reading.
+                        for s in T.serial(steps_of(tiles, share)):
+                            merged[0] = T.max(merged[0], parts[seq, row, head, s, head_dim])
+                        for s in T.serial(steps_of(tiles, share)):
+                            weight: T.let[T.float32] = T.exp2(parts[seq, row, head, s, head_dim] - merged[0])
+                            merged[1] = merged[1] + weight * parts[seq, row, head, s, head_dim + 1]
+                            merged[2] = merged[2] + weight * parts[seq, row, head, s, e % head_dim]
+                        out[seq, row, e] = T.Cast(
+                            dtype,
+                            T.if_then_else(
+                                row < lengths[seq] and merged[1] > T.float32(0), merged[2] / merged[1], T.float32(0)
+                            ),
+                        )
+    # fmt: on
+    return DecodeKernels(partial, combine, workspace)
+
+
+def steps_of(elements: Any, by: Any) -> Any:
+    """`steps` for TIR expressions."""
+    return (elements + by - 1) // by

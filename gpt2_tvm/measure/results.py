@@ -1,0 +1,126 @@
+"""From samples to the rows and comparisons of a result file.
+
+A result is {"complete", "date", "bounds", "rows", "comparisons", "failures"}; `ROW_KEYS` are the keys of each
+row, to which the row of a peer adds "peer". Rates count the tokens of all sequences of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from statistics import fmean, median, stdev
+from typing import Any
+
+from gpt2_tvm.artifact import Artifact
+from gpt2_tvm.measure import bounds
+from gpt2_tvm.measure.cases import Case, Sample
+
+ROW_KEYS = (
+    *("model", "target", "quantization", "rules", "attention", "batch", "prompt_tokens", "generate_tokens"),
+    *("repeats", "prefill_tok_s", "decode_tok_s", "prefill_tok_s_sd", "decode_tok_s_sd"),
+    *("prefill_tok_s_mean", "decode_tok_s_mean", "ttft_ms", "decode_gb_s", "bound_gb_s", "bound_share"),
+    *("peak_rss_mb", "device", "date", "versions"),
+)
+
+Row = dict[str, Any]
+
+
+def now() -> str:
+    """The time as ISO 8601 in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def spread(values: Sequence[float]) -> float:
+    """The sample standard deviation; 0 for a single value."""
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def rates(case: Case, samples: Sequence[Sample]) -> tuple[list[float], list[float]]:
+    """Tokens a second of each sample: (prefill, decode)."""
+    prefill = [case.batch * case.prompt_tokens / s.prefill_s for s in samples]
+    return prefill, [case.batch * case.generate_tokens / s.decode_s for s in samples]
+
+
+def make_row(
+    artifact: Artifact,
+    case: Case,
+    samples: Sequence[Sample],
+    facts: dict[str, Any],
+    bound: bounds.Bandwidth | None,
+    date: str,
+    peer: str | None = None,
+) -> Row:
+    """One row: a case of an artifact, or of a peer with its weights.
+
+    Medians under the plain key, the sample standard deviation under `_sd`, the mean under `_mean`. `ttft_ms`,
+    time to first token, is the median time of the prefill: its logits are on the host then.
+    """
+    manifest = artifact.manifest
+    prefill, decode = rates(case, samples)
+    if peer is None:
+        sizes, cache = bounds.artifact_param_bytes(artifact), manifest["compute_dtype"]
+    else:
+        sizes, cache = bounds.float32_param_bytes(artifact.config), "float32"
+    step = bounds.decode_step_bytes(artifact.config, sizes, cache, case)
+    gb_s = step * median(decode) / case.batch / 1e9
+    row = {
+        "model": manifest["model"],
+        "target": manifest["target"]["name"],
+        "quantization": manifest["quantization"] if peer is None else "q0f32",
+        "rules": ",".join(manifest["rules"]) or "none" if peer is None else None,
+        "attention": facts.get("attention", manifest["attention"]),
+        "batch": case.batch,
+        "prompt_tokens": case.prompt_tokens,
+        "generate_tokens": case.generate_tokens,
+        "repeats": len(samples),
+        "prefill_tok_s": median(prefill),
+        "decode_tok_s": median(decode),
+        "prefill_tok_s_sd": spread(prefill),
+        "decode_tok_s_sd": spread(decode),
+        "prefill_tok_s_mean": fmean(prefill),
+        "decode_tok_s_mean": fmean(decode),
+        "ttft_ms": 1e3 * median(s.prefill_s for s in samples),
+        "decode_gb_s": gb_s,
+        "bound_gb_s": bound.gb_s if bound else None,
+        "bound_share": gb_s / bound.gb_s if bound else None,
+        "peak_rss_mb": samples[-1].peak_rss_mb,
+        "device": facts["device"],
+        "date": date,
+        "versions": facts["versions"],
+    }
+    return row if peer is None else {**row, "peer": peer}
+
+
+def make_comparison(
+    row: Row, peer: str, case: Case, ours: Sequence[Sample], theirs: Sequence[Sample]
+) -> dict[str, Any]:
+    """Our rate over the peer's, round by round (median and spread), and how far the greedy texts agree.
+
+    `same_tokens` of `of_tokens`: ids before the first that differs, summed over the sequences. After it the
+    two continue different texts, and what happens to be equal says nothing.
+    """
+    ours, theirs = ours[: len(theirs)], theirs[: len(ours)]
+    ratios = [
+        [a / b for a, b in zip(mine, other, strict=True)]
+        for mine, other in zip(rates(case, ours), rates(case, theirs), strict=True)
+    ]
+    same = sum(agreeing(a, b) for a, b in zip(ours[-1].tokens, theirs[-1].tokens, strict=True))
+    keys = ("model", "target", "quantization", "rules", "batch", "prompt_tokens", "generate_tokens")
+    return {
+        **{key: row[key] for key in keys},
+        "peer": peer,
+        "prefill_ratio": median(ratios[0]),
+        "prefill_ratio_sd": spread(ratios[0]),
+        "decode_ratio": median(ratios[1]),
+        "decode_ratio_sd": spread(ratios[1]),
+        "same_tokens": same,
+        "of_tokens": case.batch * case.generate_tokens,
+    }
+
+
+def agreeing(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two sequences have in common from their start."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

@@ -1,0 +1,154 @@
+"""One run of the benchmark: check, load, time, and put the result together."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpt2_tvm.artifact import Artifact, open_artifact
+from gpt2_tvm.measure import bounds, peers, results
+from gpt2_tvm.measure.cases import Case, check_fits
+from gpt2_tvm.measure.subjects import EngineSubject
+from gpt2_tvm.measure.timing import Samples, Say, run_rounds
+from gpt2_tvm.measure.workers import Worker
+
+
+@dataclass
+class Session:
+    """Artifacts, and peers with the same weights, timed over the same cases in one run.
+
+    Args:
+        paths: the artifacts' folders.
+        cases: what is timed of each.
+        repeats, warmups: rounds that are kept, and rounds before them that are not.
+        peer: a name of `peers.PEERS`, or None.
+        device: as for `Engine`.
+
+    Construction makes every check that needs nothing loaded and raises UserError. `run` times; `result` is
+    what is known so far, at any time.
+    """
+
+    paths: Sequence[Path]
+    cases: Sequence[Case]
+    repeats: int = 5
+    warmups: int = 1
+    peer: str | None = None
+    device: str | None = None
+    complete: bool = False
+    failures: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # contents are hashed by the process that loads them; sizes and the manifest are checked here
+        self._artifacts = [open_artifact(path, verify=False) for path in self.paths]
+        for artifact in self._artifacts:
+            check_fits(artifact, self.cases)
+            if self.peer is not None:
+                peers.check_peer(self.peer, artifact)
+        self._samples: Samples = {}
+        self._workers: list[Worker] = []
+        self._sources: list[tuple[Artifact, str | None]] = []  # a worker's artifact, and its name as a peer
+        self._peer_of: dict[int, int] = {}  # index of an artifact's worker to that of its peer's
+        self._bounds: dict[str, bounds.Bandwidth | None] = {}  # a target's name to its bound
+        self._date = results.now()
+
+    @property
+    def turns(self) -> int:
+        """How many turns `run` will take."""
+        return (self.warmups + self.repeats) * len(self.cases) * (len(self._artifacts) + len(self._peer_keys()))
+
+    def run(self, say: Say = lambda what, turns: None) -> None:
+        """Load everything, then time it. say: called with what comes next, and how many turns are done.
+
+        Raises UserError where something cannot be loaded. What fails later goes to `failures`, and the rest
+        goes on. On an interrupt the processes are ended at once.
+        """
+        with ExitStack() as stack:
+            try:
+                self._start(stack, say)
+                self.failures = run_rounds(self._workers, self.cases, self.repeats, self.warmups, self._samples, say)
+                self.complete = not self.failures
+            except BaseException:
+                for worker in self._workers:
+                    worker.kill()
+                raise
+            for worker in self._workers:
+                worker.close()
+
+    def _peer_keys(self) -> dict[str, int]:
+        """Stored weights (by the digests of their files) to the first artifact that has them: one peer each."""
+        if self.peer is None:
+            return {}
+        keys: dict[str, int] = {}
+        for index, artifact in enumerate(self._artifacts):
+            keys.setdefault(_weights_key(artifact), index)
+        return keys
+
+    def _start(self, stack: ExitStack, say: Say) -> None:
+        for artifact in self._artifacts:
+            say(f"loading {artifact.path}", 0)
+            self._workers.append(Worker(str(artifact.path), EngineSubject, str(artifact.path), self.device))
+            self._sources.append((artifact, None))
+        workers_of_peers = {}
+        for key, index in self._peer_keys().items():
+            artifact = self._artifacts[index]
+            say(f"loading {self.peer} with the weights of {artifact.path}", 0)
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpt2-tvm-peer-"))
+            label = f"{self.peer} ({artifact.path})"
+            workers_of_peers[key] = len(self._workers)
+            self._workers.append(Worker(label, peers.TransformersSubject, str(artifact.path), scratch))
+            self._sources.append((artifact, self.peer))
+        for worker in self._workers:
+            worker.ready()
+        for index, artifact in enumerate(self._artifacts):
+            if self.peer is not None:
+                self._peer_of[index] = workers_of_peers[_weights_key(artifact)]
+            name = artifact.manifest["target"]["name"]
+            if name not in self._bounds:
+                self._bounds[name] = self._bound(artifact, say)
+
+    def _bound(self, artifact: Artifact, say: Say) -> bounds.Bandwidth | None:
+        """The target's peak; else for a CPU what is measured, once, while everything loaded is idle."""
+        stated = bounds.target_bandwidth(artifact)
+        if stated is not None or artifact.kind != "cpu":
+            return stated
+        measured = [b for b in self._bounds.values() if b is not None and b.source.startswith("measured")]
+        if measured:
+            return measured[0]
+        say("measuring the memory's read bandwidth", 0)
+        return bounds.measure_read_bandwidth()
+
+    def result(self) -> dict[str, Any]:
+        """The result as in `results`: rows by case, each artifact followed by its peer."""
+        rows, comparisons = [], []
+        for case in self.cases:
+            made: dict[int, results.Row] = {}
+            for index, (artifact, peer) in enumerate(self._sources):
+                samples = self._samples.get((index, case))
+                if samples:
+                    facts = self._workers[index].facts
+                    bound = self._bounds[artifact.manifest["target"]["name"]]
+                    made[index] = results.make_row(artifact, case, samples, facts, bound, self._date, peer)
+            rows += list(made.values())
+            for ours, theirs in self._peer_of.items():
+                if ours in made and theirs in made:
+                    mine, other = self._samples[ours, case], self._samples[theirs, case]
+                    comparisons.append(results.make_comparison(made[ours], str(self.peer), case, mine, other))
+        stated = dict.fromkeys(b for b in self._bounds.values() if b is not None)
+        return {
+            "complete": self.complete,
+            "date": self._date,
+            "bounds": [{"gb_s": b.gb_s, "source": b.source} for b in stated],
+            "rows": rows,
+            "comparisons": comparisons,
+            "failures": self.failures,
+        }
+
+
+def _weights_key(artifact: Artifact) -> str:
+    files = artifact.manifest["files"]
+    digests = [files[name]["sha256"] for name in sorted(files) if name.startswith("params/")]
+    return " ".join([artifact.kind, *digests])

@@ -1,0 +1,68 @@
+"""What a worker process can time, behind one interface; here our own engine."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+import numpy as np
+
+from gpt2_tvm.artifact import Artifact
+from gpt2_tvm.measure.cases import Case, Sample
+
+
+class Subject(Protocol):
+    """Something that prefills and decodes. It is made in the process that will time it.
+
+    `facts` is sent to the parent once it is ready: "device" (a name) and "versions" (package to version).
+    """
+
+    facts: dict[str, Any]
+
+    def turn(self, case: Case) -> Sample:
+        """From an empty cache: prefill the prompt, then append the most likely token `generate_tokens` times."""
+        ...
+
+
+def prompt_of(artifact: Artifact, case: Case) -> np.ndarray:
+    """The benchmark's prompt for this model, the same in every sequence -> int32 [batch, prompt_tokens]."""
+    from gpt2_tvm.data import prompt_for
+    from gpt2_tvm.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(artifact.tokenizer) if artifact.tokenizer else None
+    ids = prompt_for(tokenizer, artifact.config.vocab_size, case.prompt_tokens)
+    return np.tile(np.asarray(ids, np.int32), (case.batch, 1))
+
+
+class EngineSubject:
+    """An artifact in our engine (`Subject`).
+
+    Args:
+        path: the artifact's folder; every file is checked against the manifest first.
+        device: as for `Engine`.
+    """
+
+    def __init__(self, path: str, device: str | None = None) -> None:
+        from gpt2_tvm.build import versions
+        from gpt2_tvm.engine import Engine
+
+        self._engine = Engine(path, device)
+        self._prompts: dict[Case, np.ndarray] = {}
+        self.facts = {"device": self._engine.runner.device_name, "versions": versions()}
+
+    def turn(self, case: Case) -> Sample:
+        engine = self._engine
+        if case not in self._prompts:
+            self._prompts[case] = prompt_of(engine.artifact, case)
+        ids = self._prompts[case]
+        # One token untimed: threads that slept while the others had their turn wake up here.
+        engine.reset()
+        engine.prefill(ids[:, :1])
+        engine.reset()
+        engine.runner.sync()
+        start = time.perf_counter()
+        engine.prefill(ids)  # returns when the logits are here
+        middle = time.perf_counter()
+        tokens = engine.decode_greedy(case.generate_tokens)  # one read-back, at the end
+        end = time.perf_counter()
+        return Sample(middle - start, end - middle, tuple(tuple(row) for row in tokens.tolist()))

@@ -1,0 +1,215 @@
+"""Running a webgpu artifact without a browser and without TVM's virtual machine: its kernel list, replayed on PyPI's ``wgpu``.
+
+A function's launches are bound to buffers once for each set of inputs and sizes, and kept. So a decode step, whose inputs are the same
+tensors every time, costs the host one command buffer with one compute pass: no allocation, no new bind groups, no uniform written.
+Memory between kernels is shared as TVM planned it (`kernel_list`); what a function returns is overwritten by its next call of the same
+kind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gpt2_tvm.artifact import Artifact
+from gpt2_tvm.errors import UserError
+from gpt2_tvm.expressions import evaluate
+
+if TYPE_CHECKING:
+    from gpt2_tvm.runners.wgpu_device import Device, Launch
+
+KERNEL_LIST, KERNELS, FORMAT = "kernels.json", "kernels.wgsl", 1
+KEPT = 16  # bound programs: a handful of functions, and the last few prompt lengths
+
+
+@dataclass(frozen=True, eq=False)
+class WgpuTensor:
+    """A tensor on the device: a buffer that begins with it."""
+
+    buffer: Any
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A function bound to its inputs: what to submit, and the tensors to return. Holds the inputs, whose identity is its key."""
+
+    launches: list[Launch]
+    outputs: Any
+    inputs: list[Any]
+
+
+class WgpuRunner:
+    """See `runners.base.Runner`.
+
+    device: None or "webgpu" for the adapter that the system calls fastest, "webgpu:<k>" for the k-th of all.
+    Raises UserError where wgpu or an adapter is missing, where the artifact's kernel list is damaged, or where the device cannot hold
+    a tensor in one binding (the message names it and says what helps).
+    """
+
+    def __init__(self, artifact: Artifact, device: str | None = None) -> None:
+        from gpt2_tvm.runners.wgpu_device import parse_wgsl
+
+        self._functions = _read_list(artifact.path / KERNEL_LIST)
+        source = artifact.path / KERNELS
+        if not source.is_file():
+            raise UserError(f"{artifact.path} has no {KERNELS}; compile it again with --target webgpu")
+        self._shaders = parse_wgsl(source.read_text(encoding="utf-8"))
+        self._device = _open(device)
+        self.device_name = self._device.name
+        self._params = self._upload_params(artifact)
+        self._bound: OrderedDict[Any, _Bound] = OrderedDict()
+        self._storages: dict[int, list[Any]] = {}  # free-standing buffers by rank of use, see _storage
+
+    def _upload_params(self, artifact: Artifact) -> list[WgpuTensor]:
+        from gpt2_tvm.tensor_cache import load_tensors
+
+        tensors = load_tensors(artifact.params)  # mapped files: no copy on the host
+        names = artifact.manifest["params"]
+        missing = [name for name in names if name not in tensors]
+        if missing:
+            raise UserError(f"{artifact.params} lacks parameter {missing[0]}; compile the artifact again")
+        held = []
+        for name in names:
+            array = np.from_dlpack(tensors[name])
+            held.append(WgpuTensor(self._device.upload(array, name), array.shape, str(array.dtype)))
+        return held
+
+    # runners.base.Runner ---------------------------------------------------------------------------------------------
+
+    def empty(self, shape: Sequence[int], dtype: str) -> WgpuTensor:
+        shape = tuple(int(extent) for extent in shape)
+        nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        label = f"a {dtype} tensor of shape {list(shape)}"
+        return WgpuTensor(self._device.empty(nbytes, label), shape, str(dtype))
+
+    def upload(self, tensor: WgpuTensor, array: np.ndarray) -> None:
+        if tuple(array.shape) != tensor.shape or str(array.dtype) != tensor.dtype:
+            raise ValueError(f"{array.dtype} {array.shape} does not go into {tensor.dtype} {tensor.shape}")
+        self._device.write(tensor.buffer, array)
+
+    def download(self, tensor: WgpuTensor) -> np.ndarray:
+        return self._device.read(tensor.buffer, tensor.shape, tensor.dtype)
+
+    def call(
+        self, function: str, inputs: Sequence[WgpuTensor | Sequence[WgpuTensor]], with_params: bool = True
+    ) -> Any:
+        key = (function, *(tuple(map(id, x)) if isinstance(x, list) else id(x) for x in inputs))
+        bound = self._bound.get(key)
+        if bound is None:
+            bound = self._bound[key] = self._bind(function, list(inputs))
+            while len(self._bound) > KEPT:
+                self._bound.popitem(last=False)
+        self._bound.move_to_end(key)
+        self._device.submit(bound.launches)
+        return bound.outputs
+
+    def sync(self) -> None:
+        self._device.wait()
+
+    # For the laboratory ----------------------------------------------------------------------------------------------
+
+    def launches(
+        self, function: str, inputs: Sequence[WgpuTensor | Sequence[WgpuTensor]]
+    ) -> tuple[list[str], list[Launch]]:
+        """A function's kernels and its bound launches, in order: to be timed one by one (`wgpu_device.Device.time_us`)."""
+        bound = self._bind(function, list(inputs))
+        return [launch.kernel.shader.name for launch in bound.launches], bound.launches
+
+    @property
+    def device(self) -> Device:
+        """The device beneath."""
+        return self._device
+
+    # Binding ---------------------------------------------------------------------------------------------------------
+
+    def _bind(self, function: str, inputs: list[Any]) -> _Bound:
+        if function not in self._functions:
+            raise UserError(f"the artifact has no function {function!r}; it has {', '.join(self._functions)}")
+        program = self._functions[function]
+        sizes = _sizes(function, program["inputs"], inputs)
+        storages = [self._storage(i, evaluate(nbytes, sizes)) for i, nbytes in enumerate(program["storages"])]
+        tensors = [
+            WgpuTensor(
+                storages[tensor["storage"]],
+                tuple(evaluate(extent, sizes) for extent in tensor["shape"]),
+                tensor["dtype"],
+            )
+            for tensor in program["tensors"]
+        ]
+
+        def find(ref: list[Any]) -> Any:
+            if ref and isinstance(ref[0], list):
+                return [find(one) for one in ref]
+            kind, *path = ref
+            found: Any = {"input": inputs, "param": self._params, "tensor": tensors}[kind]
+            for index in path:
+                found = found[index]
+            return found
+
+        launches = []
+        for launch in program["launches"]:
+            kernel = self._device.compile(self._shaders[launch["kernel"]])
+            buffers = [find(ref).buffer for ref in launch["buffers"]]
+            scalars = [evaluate(scalar, sizes) for scalar in launch["scalars"]]
+            grid = [evaluate(extent, sizes) for extent in launch["grid"]]
+            launches.append(self._device.launch(kernel, buffers, scalars, grid))
+        return _Bound(launches, find(program["outputs"]), inputs)
+
+    def _storage(self, index: int, nbytes: int) -> Any:
+        return self._device.empty(nbytes, "memory between kernels")
+
+
+def _sizes(function: str, declared: list[Any], inputs: list[Any]) -> dict[str, int]:
+    """Values of the symbolic sizes from the inputs' shapes; ValueError where the inputs do not fit the declaration."""
+    sizes: dict[str, int] = {}
+    if len(declared) != len(inputs):
+        raise ValueError(f"{function} takes {len(declared)} inputs, not {len(inputs)}")
+    pairs = []
+    for want, got in zip(declared, inputs, strict=True):
+        pairs += zip(want, got, strict=True) if isinstance(want, list) else [(want, got)]
+    for want, got in pairs:
+        fits = len(want["shape"]) == len(got.shape) and want["dtype"] == got.dtype
+        for extent, size in zip(want["shape"], got.shape, strict=False):
+            if isinstance(extent, str) and extent.isidentifier():
+                fits = fits and sizes.setdefault(extent, size) == size
+            else:
+                fits = fits and evaluate(extent, sizes) == size
+        if not fits:
+            raise ValueError(f"{function} wants {want['dtype']} {want['shape']}, not {got.dtype} {list(got.shape)}")
+    return sizes
+
+
+def _read_list(path: Path) -> Mapping[str, Any]:
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+        if listed["format"] == FORMAT:
+            return dict(listed["functions"])
+        reason = f"format {listed['format']}, not {FORMAT}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error) or type(error).__name__
+    raise UserError(f"{path} cannot be used ({reason}); compile the artifact again with --target webgpu")
+
+
+def _open(device: str | None) -> Device:
+    from gpt2_tvm.runners.wgpu_device import Device
+
+    kind, _, number = (device or "webgpu").partition(":")
+    if kind != "webgpu" or (number and not number.isdigit()):
+        raise UserError(f"a webgpu artifact runs on webgpu or webgpu:<number>, not on {device}; compile it for {kind}")
+    if not number:
+        return Device()
+    Device  # noqa: B018
+    import wgpu
+
+    adapters = wgpu.gpu.enumerate_adapters_sync()
+    if int(number) >= len(adapters):
+        raise UserError(f"there is no {device}: wgpu finds {len(adapters)} adapters here")
+    return Device(adapters[int(number)])

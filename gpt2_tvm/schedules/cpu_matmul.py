@@ -1,0 +1,338 @@
+"""Matrix product for prefill: many rows times a weight in panels (`kernels/packed_linear.py`), on a CPU.
+
+GotoBLAS's structure (Goto and van de Geijn 2008; Van Zee and van de Geijn 2015, "BLIS", section 3), with the packing of
+the weight done at conversion and the epilogue on the tile. Rows are taken in groups so that the packed copy of x stays
+small; a group is
+
+    pack x: [row tiles, K, MR] float32, in parallel             # a tile's column of x is MR neighbouring floats
+    for block of row tiles, for panel, in parallel:             # the block's x stays in L2 from panel to panel
+        for block of k:                                         # the panel's block of k stays in L1 from tile to tile
+            for row tile in the block:
+                acc [MR, NR] = sums so far, in registers
+                for k: acc[r, :] += x[k, r] * w[k, :]           # MR * NR / lanes multiply-adds
+        epilogue (bias, activation, residual, cast) row by row, whole vectors; the last panel's tail one by one
+
+Rows past the last repeat it in the packed copy and are never stored, so tails run the same kernel. Weights that are not
+float32 are widened into an L1 buffer once for each block of k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tvm_ffi
+from tvm import ir, s_tir, sym, tirx
+from tvm.s_tir import dlight
+from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.target import Target
+
+from gpt2_tvm.schedules.cpu_reduction import (
+    Buffer,
+    Expr,
+    Loop,
+    Stage,
+    alloc,
+    layout_value,
+    loads,
+    loop,
+    read_stages,
+    rewrite,
+    row_count,
+    row_indices,
+    scheduled,
+    simd_lanes,
+    static,
+    takes,
+    uses,
+    vector_loop,
+)
+
+GEMV_ROWS = 8  # up to here, and known at compile time: memory-bound, `cpu_gemv.py`
+GROUP_ROWS = 512  # rows packed at a time: bounds the copy to 512 * K floats whatever the prompt's length
+# Caches of a target that does not say: the smallest L1 and L2 among the processors of the last ten years
+L1_KIB, L2_KIB = 32, 512
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the kernels are blocked. rows: NR of the weight's panels. tile_rows: MR. lanes: float32 in a register.
+
+    k_block: elements of k whose panel block [k_block, NR] fills three quarters of L1; block_tiles: row tiles whose
+    packed x [tiles, k_block, MR] fills half of L2.
+    """
+
+    rows: int
+    tile_rows: int
+    lanes: int
+    k_block: int
+    block_tiles: int
+
+    @staticmethod
+    def of(layout: Any, target: Target, rows: int, k_extent: int) -> Tiling:
+        """For weights in panels of `rows`; `layout` may name simd_bits, tile_rows, l1_kib and l2_kib."""
+        lanes = simd_lanes(layout, target)
+        while rows % lanes:
+            lanes //= 2
+        tile_rows = layout_value(layout, "tile_rows") or 6
+        l1 = 1024 * (layout_value(layout, "l1_kib") or L1_KIB)
+        l2 = 1024 * (layout_value(layout, "l2_kib") or L2_KIB)
+        blocks = -(-k_extent // max(1, l1 * 3 // 4 // (4 * rows)))
+        k_block = -(-k_extent // blocks)
+        tiles = min(l2 // 2 // (4 * k_block * tile_rows), l1 // 2 // (4 * rows * tile_rows))
+        return Tiling(rows, tile_rows, lanes, k_block, max(1, tiles))
+
+
+@dataclass(frozen=True)
+class PackedMatmul:
+    """A function that is a `packed_matmul` and what follows it elementwise.
+
+    row_loops: the loops over rows; column, k: the loops over N and K. x: the (float32) factor from x, over row_loops and
+    k. weight: the buffer [P, K, NR]. epilogue: stages over row_loops and a column, the product among their loads.
+    """
+
+    row_loops: tuple[Loop, ...]
+    column: Loop
+    k: Loop
+    x: Expr
+    weight: Buffer
+    product: Buffer
+    epilogue: tuple[Stage, ...]
+    outputs: tuple[Buffer, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)"""
+        return int(self.column.extent), int(self.k.extent)
+
+    @property
+    def rows(self) -> Expr:
+        """How many rows, an integer expression."""
+        return sym.Analyzer().simplify(row_count(self.row_loops))
+
+    def x_at(self, row: Expr, k: Expr) -> Expr:
+        """x[row, k] as float32, `row` counted over all row loops."""
+        return rewrite(self.x, {**row_indices(row, self.row_loops), self.k.var: k})
+
+    def weight_at(self, panel: Expr, k: Expr, column: Expr) -> Expr:
+        """W[panel, k, column] as float32."""
+        element = tirx.BufferLoad(self.weight, [panel, k, column])
+        return element if self.weight.dtype == "float32" else tirx.Cast("float32", element)
+
+
+def match_packed_matmul(func: tirx.PrimFunc) -> PackedMatmul | None:
+    """Recognise a packed product with an elementwise epilogue; None for any other function."""
+    stages = read_stages(func)
+    if not stages or not stages[0].reduced or not stages[0].writes_its_loops():
+        return None
+    product, epilogue = stages[0], stages[1:]
+    *row_loops, column = product.spatial
+    found = _factors(product, column)
+    if found is None or len(product.reduced) != 1 or static(column.extent) is None:
+        return None
+    if not row_loops or any(uses(found[0], column.var) or load.source.same_as(found[1]) for load in loads(found[0])):
+        return None
+    matched = PackedMatmul(
+        row_loops=tuple(row_loops),
+        column=column,
+        k=product.reduced[0],
+        x=found[0],
+        weight=found[1],
+        product=product.buffer,
+        epilogue=tuple(epilogue),
+        outputs=tuple(func.params),
+    )
+    return matched if all(_follows(stage, product, stages) for stage in epilogue) else None
+
+
+def _factors(product: Stage, column: Loop) -> tuple[Expr, Buffer] | None:
+    """(x, W) of `acc + float32(x) * float32(W[o // NR, k, o % NR])`, or None."""
+    total = product.value
+    if not (isinstance(total, tirx.Add) and isinstance(product.init, tirx.FloatImm) and product.init.value == 0):
+        return None
+    own, term = total.a, total.b
+    if not (isinstance(own, ir.TensorLoad) and own.source.same_as(product.buffer) and isinstance(term, tirx.Mul)):
+        return None
+    for x, factor in ((term.a, term.b), (term.b, term.a)):
+        load = factor.value if isinstance(factor, tirx.Cast) else factor
+        if isinstance(load, ir.TensorLoad) and len(load.indices) == 3 and _is_panel_access(load, product, column):
+            return x, load.source
+    return None
+
+
+def _is_panel_access(load: ir.TensorLoad, product: Stage, column: Loop) -> bool:
+    rows, extent = static(load.source.shape[2]), static(column.extent)
+    if rows is None or extent is None or len(product.reduced) != 1 or static(product.reduced[0].extent) is None:
+        return False
+    analyzer = sym.Analyzer()
+    analyzer.bind(column.var, ir.Range(0, column.extent))
+    expected = (tirx.floordiv(column.var, rows), product.reduced[0].var, tirx.floormod(column.var, rows))
+    return all(analyzer.can_prove_equal(i, e) for i, e in zip(load.indices, expected, strict=True))
+
+
+def _follows(stage: Stage, product: Stage, stages: Sequence[Stage]) -> bool:
+    """Whether a stage needs nothing of the earlier stages but the element at its own place."""
+    own, of_product = stage.spatial, product.spatial
+    if stage.reduced or not stage.writes_its_loops() or len(own) != len(of_product):
+        return False
+    if not all(tvm_ffi.structural_equal(a.extent, b.extent) for a, b in zip(own, of_product, strict=True)):
+        return False
+    earlier = {s.buffer for s in stages}
+    return all(
+        all(i.same_as(l.var) or static(l.extent) == 1 for i, l in zip(load.indices, own, strict=True))
+        for load in loads(stage.value)
+        if load.source in earlier
+    )
+
+
+def emit_epilogue(m: PackedMatmul, tiling: Tiling, row: Expr, panel: Expr, total: Callable[[Expr], Expr]) -> None:
+    """Store one row of one panel: `total(c)` is the product at the panel's column c; only columns below N are written."""
+    n, _ = m.shape
+    full, tail = divmod(n, tiling.rows)
+
+    def columns(count: int) -> None:
+        values: dict[Buffer, Callable[[list[Expr]], Expr]] = {}
+        at_row = row_indices(row, m.row_loops)
+
+        def write(buffer: Buffer, value: Callable[[Expr], Expr]) -> None:
+            """buffer (or, for what only the epilogue reads, a local copy of this row and panel) := value"""
+            if buffer in m.outputs:
+                place = [at_row[l.var] for l in m.row_loops]
+                vector_loop(
+                    "c",
+                    count,
+                    tiling.lanes,
+                    lambda c: T.buffer_store(buffer, value(c), [*place, panel * tiling.rows + c]),
+                )
+                return
+            local = alloc(buffer.name, [tiling.rows], buffer.dtype)
+            vector_loop("c", count, tiling.lanes, lambda c: T.buffer_store(local, value(c), [c]))
+            values[buffer] = lambda indices: tirx.BufferLoad(local, [indices[-1] - panel * tiling.rows])
+
+        if m.product in m.outputs:
+            write(m.product, total)
+        values[m.product] = lambda indices: total(indices[-1] - panel * tiling.rows)
+        for stage in m.epilogue:
+            own = dict(zip((l.var for l in stage.spatial[:-1]), (at_row[l.var] for l in m.row_loops), strict=True))
+            value = rewrite(stage.value, own)
+            last = stage.spatial[-1].var
+            known = dict(values)
+            write(
+                stage.buffer,
+                lambda c, value=value, last=last, known=known: rewrite(value, {last: panel * tiling.rows + c}, known),
+            )
+
+    if not tail:
+        columns(tiling.rows)
+    elif not full:
+        columns(tail)
+    else:
+        with T.If(panel < full):
+            with T.Then():
+                columns(tiling.rows)
+            with T.Else():
+                columns(tail)
+
+
+class CpuMatmul(dlight.ScheduleRule):
+    """`packed_matmul` with a number of rows that is symbolic or above 8, and its epilogue.
+
+    layout: the target's; `tile_rows` (MR), and where it names them `simd_bits`, `l1_kib` and `l2_kib`.
+    """
+
+    def __init__(self, layout: Any = None) -> None:
+        self.layout = layout
+
+    def apply(self, func: tirx.PrimFunc, target: Target, tunable: bool) -> s_tir.Schedule | None:
+        # Step 1. Recognise the product
+        m = match_packed_matmul(func) if takes(func, target) else None
+        if m is None or (static(m.rows) or GEMV_ROWS + 1) <= GEMV_ROWS:
+            return None
+        # Step 2. Block sizes from the target
+        tiling = Tiling.of(self.layout, target, int(m.weight.shape[2]), m.shape[1])
+        # Step 3. Groups of rows: pack, then tiles
+        tiles = _ceil(m.rows, tiling.tile_rows)
+        group_tiles = _ceil(GROUP_ROWS, tiling.tile_rows)
+        with IRBuilder() as builder, loop(T.serial, "group", _ceil(tiles, group_tiles)) as group:
+            first = T.bind(group * group_tiles)
+            count = T.bind(tirx.min(T.int64(group_tiles), tiles - first))
+            packed = alloc(
+                "x_packed", [tirx.min(T.int64(group_tiles), tiles), m.shape[1], tiling.tile_rows], "float32", "global"
+            )
+            _pack_rows(m, tiling, packed, first, count)
+            _multiply(m, tiling, packed, first, count)
+        return scheduled(func, builder.get())
+
+
+def _ceil(a: Expr, b: int) -> Expr:
+    return -(-a // b) if isinstance(a, int) else (a + (b - 1)) // b
+
+
+def _pack_rows(m: PackedMatmul, tiling: Tiling, packed: Buffer, first: Expr, count: Expr) -> None:
+    """packed[t, k, r] := x[(first + t) * MR + r, k] for t in [0, count); the last row stands in for those past it."""
+    with loop(T.parallel, "tile", count) as tile, loop(T.serial, "r", tiling.tile_rows) as r:
+        row = T.bind(tirx.min((first + tile) * tiling.tile_rows + r, m.rows - 1))
+        vector_loop("k", m.shape[1], tiling.lanes, lambda k: T.buffer_store(packed, m.x_at(row, k), [tile, k, r]))
+
+
+def _multiply(m: PackedMatmul, tiling: Tiling, packed: Buffer, first: Expr, count: Expr) -> None:
+    (n, k_extent), mr, nr = m.shape, tiling.tile_rows, tiling.rows
+    panels = _ceil(n, nr)
+    blocks = T.bind(_ceil(count, tiling.block_tiles))
+    block_tiles = T.bind((count + blocks - 1) // blocks)  # even blocks: no thread is left with a short one
+    with loop(T.parallel, "task", blocks * panels) as task:
+        panel = T.bind(task % panels)
+        start = T.bind(task // panels * block_tiles)
+        stop = T.bind(tirx.min(start + block_tiles, count))
+        sums = alloc("sums", [tiling.block_tiles * mr, nr], "float32", "global")
+        wide = m.weight.dtype != "float32"
+        w = alloc("w_block", [tiling.k_block, nr], "float32", "global") if wide else m.weight
+        with loop(T.serial, "k_outer", _ceil(k_extent, tiling.k_block)) as k_outer:
+            k_first = T.bind(k_outer * tiling.k_block)
+            k_count = T.bind(tirx.min(T.int64(tiling.k_block), k_extent - k_first))
+            if wide:
+                with loop(T.serial, "k", k_count) as k:
+                    vector_loop(
+                        "c", nr, tiling.lanes, lambda c: T.buffer_store(w, m.weight_at(panel, k_first + k, c), [k, c])
+                    )
+            with loop(T.serial, "tile", stop - start) as tile:
+                _micro_kernel(
+                    tiling,
+                    k_count,
+                    k_outer == 0,
+                    lambda r, c: (sums, [tile * mr + r, c]),
+                    lambda k, r: tirx.BufferLoad(packed, [start + tile, k_first + k, r]),
+                    lambda k, c: tirx.BufferLoad(w, [k, c] if wide else [panel, k_first + k, c]),
+                )
+        row_first = T.bind((first + start) * mr)
+        with loop(T.serial, "row", tirx.min((stop - start) * mr, m.rows - row_first)) as row:
+            emit_epilogue(m, tiling, row_first + row, panel, lambda c: tirx.BufferLoad(sums, [row, c]))
+
+
+def _micro_kernel(
+    tiling: Tiling,
+    k_count: Expr,
+    is_first: Expr,
+    sums: Callable[[Expr, Expr], tuple[Buffer, list[Expr]]],
+    x: Callable[[Expr, Expr], Expr],
+    w: Callable[[Expr, Expr], Expr],
+) -> None:
+    """sums[r, c] (+)= sum over k of x(k, r) * w(k, c), for MR rows and NR columns, with the sums in registers."""
+    # one buffer for each register column: LLVM promotes what TVM puts on the stack, and TVM does so below 1 KiB
+    acc = [alloc(f"acc{v}", [tiling.tile_rows, tiling.lanes], "float32") for v in range(tiling.rows // tiling.lanes)]
+
+    def each(body: Callable[[Buffer, Expr, Expr, Expr], None]) -> None:
+        for v, column in enumerate(acc):
+            with loop(T.unroll, "r", tiling.tile_rows) as r, loop(T.vectorized, "lane", tiling.lanes) as lane:
+                body(column, r, lane, v * tiling.lanes + lane)
+
+    with T.If(is_first):
+        with T.Then():
+            each(lambda a, r, l, c: T.buffer_store(a, T.float32(0), [r, l]))
+        with T.Else():
+            each(lambda a, r, l, c: T.buffer_store(a, tirx.BufferLoad(*sums(r, c)), [r, l]))
+    with loop(T.serial, "k", k_count) as k:
+        each(lambda a, r, l, c: T.buffer_store(a, tirx.BufferLoad(a, [r, l]) + x(k, r) * w(k, c), [r, l]))
+    each(lambda a, r, l, c: T.buffer_store(sums(r, c)[0], tirx.BufferLoad(a, [r, l]), sums(r, c)[1]))

@@ -177,6 +177,7 @@ def summary(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         "rule_hits": dict(Counter(f["rule"] for f in manifest["functions"]).most_common()),
         "needs": needs(manifest),
         "runs_here": _runs_here(manifest),
+        "tokenizer": any(name.startswith("tokenizer/") for name in manifest["files"]),
     }
 
 
@@ -212,7 +213,7 @@ def print_summary(made: dict[str, Any]) -> None:
     print(f"  time   {made['total_seconds']:.1f} s, of which compiling {made['compile_seconds']:.1f} s")
     print(f"  needs  {made['needs']}")
     if made["runs_here"]:
-        prompt = "--prompt-ids 1,2,3" if made["random_weights"] else '"It is a truth universally acknowledged"'
+        prompt = '"It is a truth universally acknowledged"' if made["tokenizer"] else "--prompt-ids 1,2,3"
         print(f"  next   python -m gpt2_tvm.generate {made['artifact']} {prompt}")
     else:
         print("  next   copy the folder to such a machine, and there python -m gpt2_tvm.generate FOLDER PROMPT")

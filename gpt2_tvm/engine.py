@@ -161,9 +161,10 @@ class Engine:
         sequence; empty: keep nothing). Their keys and values move to the front and the positions move past them."""
         if self._tree is None:
             raise UserError("keep needs a tree: call verify(ids, parents) first")
+        given: Any = path
         paths: list[list[int]] = (
-            [list(p) for p in path] if len(path) and np.ndim(path[0]) else [list(path)] * self.batch
-        )  # type: ignore[arg-type]
+            [list(p) for p in given] if len(given) and np.ndim(given[0]) else [list(given)] * self.batch
+        )
         if len(paths) != self.batch:
             raise UserError(f"keep got {len(paths)} paths for {self.batch} sequences")
         for b, p in enumerate(paths):

@@ -1,9 +1,41 @@
-"""Order: heavy tests after all quick ones, so that a plain mistake shows within the first minutes."""
+"""Artifacts that several test files use, compiled once a session; and the order of the tests."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Heavy tests after all quick ones, so that a plain mistake shows within the first minutes."""
     items.sort(key=lambda item: item.get_closest_marker("heavy") is not None)  # stable: the rest stays in place
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in Hugging Face layout, random: 2 layers, width 32, 2 heads, 97 ids, 48 positions, no tokenizer."""
+    from gpt2_tvm.checkpoint import random_model
+    from gpt2_tvm.config import GPT2Config
+    from gpt2_tvm.weights import write_hf_checkpoint
+
+    config = GPT2Config(vocab_size=97, n_positions=48, n_embd=32, n_layer=2, n_head=2)
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    return write_hf_checkpoint(folder, config, random_model(config, seed=1))
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model` for this CPU: batch sizes 1 and 2, verify widths 4 and 8, no rules. Read only: copy to change."""
+    from gpt2_tvm.build import compile_model
+
+    folder = tmp_path_factory.mktemp("artifacts") / "tiny"
+    return compile_model(str(tiny_model), "cpu", output=folder, rules="baseline", batch_sizes=(1, 2))
+
+
+@pytest.fixture(scope="session")
+def bundled_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled trained model, with its tokenizer, for this CPU, as a user gets it. Read only."""
+    from gpt2_tvm.build import compile_model
+
+    return compile_model("bundled", "cpu", output=tmp_path_factory.mktemp("artifacts") / "austen")

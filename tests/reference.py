@@ -62,8 +62,9 @@ class Reference:
 
 
 def checkpoint(folder: Path, config: GPT2Config, seed: int = 0, spread: float = 1.0) -> Path:
-    """Seeded random weights in Hugging Face layout. `spread` widens the matrices, so that attention and activations leave their
-    linear range."""
+    """Seeded random weights in Hugging Face layout. `spread` multiplies the matrices, so that attention and activations
+    leave their linear range.
+    """
     from gpt2_tvm.weights import iter_weights
 
     weights = (
@@ -80,8 +81,9 @@ def random_rows(config: GPT2Config, lengths: Sequence[int], seed: int = 0) -> li
 
 
 def assert_close(ours: np.ndarray, reference: np.ndarray, share: float, what: str) -> None:
-    """max |difference| <= share x max |logit|, and in between no NaN; for the looser share also the same argmax wherever the reference's
-    margin between its first two is larger than that."""
+    """max |difference| <= share x max |logit|, no NaN, and the same most likely token wherever the reference's first two are
+    further apart than that.
+    """
     assert ours.shape == reference.shape, f"{what}: shape {ours.shape}, expected {reference.shape}"
     assert ours.dtype == np.float32, f"{what}: {ours.dtype}"
     bound = share * float(np.abs(reference).max())

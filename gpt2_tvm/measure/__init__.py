@@ -6,6 +6,7 @@
 | `subjects.py`, `peers.py` | what can be timed: an artifact in our engine; the same weights in transformers |
 | `workers.py` | one child process for each of them, asked in turn |
 | `timing.py` | the rounds: every configuration once a round, so that noise hits all alike |
+| `noise.py` | how busy others kept the machine meanwhile |
 | `bounds.py` | bytes that a decode step must read, and the bandwidth that bounds it |
 | `session.py` | one run, from the checks to the result |
 | `results.py`, `tables.py` | rows and comparisons from samples; Markdown, CSV, JSON, JSON lines |

@@ -12,6 +12,7 @@ from typing import Any
 from gpt2_tvm.artifact import Artifact, open_artifact
 from gpt2_tvm.measure import bounds, peers, results
 from gpt2_tvm.measure.cases import Case, check_fits
+from gpt2_tvm.measure.noise import OtherLoad
 from gpt2_tvm.measure.subjects import EngineSubject
 from gpt2_tvm.measure.timing import Samples, Say, run_rounds
 from gpt2_tvm.measure.workers import Worker
@@ -53,6 +54,7 @@ class Session:
         self._sources: list[tuple[Artifact, str | None]] = []  # a worker's artifact, and its name as a peer
         self._peer_of: dict[int, int] = {}  # index of an artifact's worker to that of its peer's
         self._bounds: dict[str, bounds.Bandwidth | None] = {}  # a target's name to its bound
+        self._other_cores: float | None = None
         self._date = results.now()
 
     @property
@@ -69,8 +71,10 @@ class Session:
         with ExitStack() as stack:
             try:
                 self._start(stack, say)
+                others = OtherLoad([worker.pid for worker in self._workers])
                 self.failures = run_rounds(self._workers, self.cases, self.repeats, self.warmups, self._samples, say)
                 self.complete = not self.failures
+                self._other_cores = others.cores()
             except BaseException:
                 for worker in self._workers:
                     worker.kill()
@@ -142,6 +146,7 @@ class Session:
             "complete": self.complete,
             "date": self._date,
             "bounds": [{"gb_s": b.gb_s, "source": b.source} for b in stated],
+            "other_cores": self._other_cores,
             "rows": rows,
             "comparisons": comparisons,
             "failures": self.failures,

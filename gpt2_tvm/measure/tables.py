@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpt2_tvm.errors import UserError
+from gpt2_tvm.measure.noise import BUSY_CORES
 from gpt2_tvm.measure.results import ROW_KEYS, Row
 
 FORMATS = ("md", "csv", "json", "jsonl")
@@ -107,6 +108,9 @@ def _markdown(result: dict[str, Any]) -> str:
     text += f"\nMedian ± standard deviation of {' to '.join(map(str, repeats))} repeats on {rows[0]['device']}.\n"
     for bound in result["bounds"]:
         text += f"Bandwidth bound: {number(bound['gb_s'])} GB/s ({bound['source']}).\n"
+    others = result["other_cores"]
+    if others is not None and others > BUSY_CORES:
+        text += f"Other programs kept {others:.1f} cores busy meanwhile: measure again on a quiet machine.\n"
     for found in result["comparisons"]:
         text += comparison_line(found) + "\n"
     return text

@@ -47,6 +47,12 @@ class Worker:
             self._process.start()
         theirs.close()
 
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        assert self._process.pid is not None  # it was started in __init__
+        return self._process.pid
+
     def ready(self) -> None:
         """Wait until the subject is loaded; its `facts` are here then. Raises UserError where it cannot be."""
         self.facts = self._receive()

@@ -66,7 +66,7 @@ class WgpuRunner:
         self.device_name = self._device.name
         self._params = self._upload_params(artifact)
         self._bound: OrderedDict[Any, _Bound] = OrderedDict()
-        self._storages: dict[int, list[Any]] = {}  # free-standing buffers by rank of use, see _storage
+        self._scratch: list[Any] = []  # memory between kernels, shared by all functions: they run one after another
 
     def _upload_params(self, artifact: Artifact) -> list[WgpuTensor]:
         from gpt2_tvm.tensor_cache import load_tensors
@@ -135,7 +135,7 @@ class WgpuRunner:
             raise UserError(f"the artifact has no function {function!r}; it has {', '.join(self._functions)}")
         program = self._functions[function]
         sizes = _sizes(function, program["inputs"], inputs)
-        storages = [self._storage(i, evaluate(nbytes, sizes)) for i, nbytes in enumerate(program["storages"])]
+        storages = self._allocate(program, sizes)
         tensors = [
             WgpuTensor(
                 storages[tensor["storage"]],
@@ -163,8 +163,24 @@ class WgpuRunner:
             launches.append(self._device.launch(kernel, buffers, scalars, grid))
         return _Bound(launches, find(program["outputs"]), inputs)
 
-    def _storage(self, index: int, nbytes: int) -> Any:
-        return self._device.empty(nbytes, "memory between kernels")
+    def _allocate(self, program: Mapping[str, Any], sizes: Mapping[str, int]) -> list[Any]:
+        """Buffers for a program's storages: its own for what it returns, else the ones that all programs share."""
+        refs = program["outputs"]
+        refs = refs if refs and isinstance(refs[0], list) else [refs]
+        returned = {program["tensors"][ref[1]]["storage"] for ref in refs if ref[0] == "tensor"}
+        storages, rank = [], 0
+        for index, text in enumerate(program["storages"]):
+            nbytes = evaluate(text, sizes)
+            if index in returned:
+                storages.append(self._device.empty(nbytes, "a result"))
+                continue
+            if rank == len(self._scratch):
+                self._scratch.append(None)
+            if self._scratch[rank] is None or self._scratch[rank].size < nbytes:
+                self._scratch[rank] = self._device.empty(nbytes, "memory between kernels")
+            storages.append(self._scratch[rank])
+            rank += 1
+        return storages
 
 
 def _sizes(function: str, declared: list[Any], inputs: list[Any]) -> dict[str, int]:
@@ -206,7 +222,6 @@ def _open(device: str | None) -> Device:
         raise UserError(f"a webgpu artifact runs on webgpu or webgpu:<number>, not on {device}; compile it for {kind}")
     if not number:
         return Device()
-    Device  # noqa: B018
     import wgpu
 
     adapters = wgpu.gpu.enumerate_adapters_sync()

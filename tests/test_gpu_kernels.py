@@ -331,7 +331,7 @@ def test_log_prob(vocab: int) -> None:
 def test_keep_branch(dtype: str) -> None:
     spec = make_spec(20, 37, dtype, n_head=3)
     cache = np.random.default_rng(0).standard_normal((2, 4, 3, 37, 20)).astype(dtype)
-    positions, lengths = ints(0, 20, 10, 35), ints(3, 5, 0, 9)
+    positions, lengths = ints(0, 20, 10, 34), ints(3, 5, 0, 9)
     path = np.array([[0, 4, 7, 1, 1], [1, 2, 6, 7, 15], [1, 2, 3, 4, 5], [1, 5, 2**31 - 1, -1, 8]], np.int32)
     wanted = cache.copy()
     for sequence, (position, length) in enumerate(zip(positions, lengths, strict=True)):

@@ -15,8 +15,8 @@ Within a block, for each tile of slots:
 
 The groups meet once, at the end. Up to eight rows of a sequence share the loads.
 
-Slots of this call's rows are read from the cache, or from qkv itself (``append``); then the block that loads such a slot
-also writes it to the cache, and a step needs no launch for that.
+Slots of this call's rows are read from the cache, or from qkv itself (``append``); then the block that loads such a
+slot also writes it to the cache, and a step needs no launch for that.
 """
 
 # mypy: disable-error-code="valid-type,misc"

@@ -1,7 +1,7 @@
 """The artifact: a folder with a manifest, a library, parameters and a tokenizer, checked before anything in it is used.
 
-The manifest carries the sha256 of every file and a digest of itself: the sha256 of its own text with the digest's 64 characters
-replaced by zeros. So one flipped byte anywhere is found and named.
+The manifest carries the sha256 of every file and a digest of itself: the sha256 of its own text with the digest's 64
+characters replaced by zeros. So one flipped byte anywhere is found and named.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an artifact, its digest checked; UserError in one line when it is missing, damaged or of another format."""
+    """The manifest of an artifact, its digest checked; UserError in one line when it is missing, damaged or of another
+    format."""
     if not folder.exists():
         raise UserError(f"no artifact at {folder}; make one with python -m gpt2_tvm.compile --output {folder}")
     path = folder / MARKER

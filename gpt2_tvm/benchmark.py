@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,8 @@ def main(
     from gpt2_tvm.measure.tables import check_format
 
     check_format(format_)
+    if json_file is not None:
+        _check_writable(json_file)
     if collect:
         _collect(paths, format_, json_file, figure)
         return
@@ -84,6 +87,13 @@ def main(
     if repeats < 1 or warmup < 0:
         raise UserError(f"--repeats {repeats} --warmup {warmup}: at least 1 round counts, and 0 or more do not")
     _measure(paths, (batch, prompt_tokens, generate), repeats, warmup, peer, device, format_, json_file)
+
+
+def _check_writable(file: Path) -> None:
+    """Refuse now what could not be written after minutes of timing."""
+    folder = next(parent for parent in file.absolute().parents if parent.exists())
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"--json {file} cannot be written there; choose a file in a folder of yours")
 
 
 def _measure(
@@ -113,10 +123,10 @@ def _measure(
             print(f"what was measured so far is in {json_file}", file=sys.stderr)
         raise
     result = session.result()
+    sys.stdout.write(render(result, format_))  # first: a disk that is full now must not cost the figures
+    sys.stdout.flush()
     if json_file is not None:
         cli.write_json(json_file, result)
-    sys.stdout.write(render(result, format_))
-    sys.stdout.flush()
     if session.failures:
         raise UserError("; ".join(session.failures))
 
@@ -139,19 +149,31 @@ def _collect(paths: list[Path], format_: str, json_file: Path | None, figure: Pa
 
 @contextmanager
 def _progress(turns: int) -> Iterator[Say]:
-    """A bar on stderr while the block runs; on what is no terminal, one line at the start."""
+    """A bar on stderr while the block runs; on what is no terminal, one line a round."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        print(f"timing {turns} turns …", file=sys.stderr)
-        yield lambda what, turns: None
+        yield _line_a_round()
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=turns)
         yield lambda what, turns: bar.update(task, description=what, completed=turns)
+
+
+def _line_a_round() -> Say:
+    last = ""
+
+    def say(what: str, turns: int) -> None:
+        nonlocal last
+        stage = what.partition(":")[0]
+        if stage != last:
+            print(stage, file=sys.stderr, flush=True)
+        last = stage
+
+    return say
 
 
 if __name__ == "__main__":

@@ -183,7 +183,8 @@ def compile_model(
     """Compile a GPT-2 for a device and write its artifact.
 
     Args:
-        model: a Hugging Face folder, a hub id, a preset (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2) or "bundled".
+        model: a Hugging Face folder, a hub id, a preset (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2) or
+        "bundled".
         target: a name from ``--list-targets``, or a TOML file.
         quantization: a scheme's name (`quantization.SCHEMES`).
         output: the artifact's folder; default ``artifacts/<model>-<quantization>-<target>``.

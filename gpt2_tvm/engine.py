@@ -1,7 +1,7 @@
 """`Engine`: an artifact on a device, with the KV caches and positions of a batch of sequences.
 
-Tokens in, logits out; sampling and text are other modules' business. A batch that the artifact has no static variant for runs in the
-next larger one: the sequences that fill it up have length 0 and touch nothing.
+Tokens in, logits out; sampling and text are other modules' business. A batch that the artifact has no static variant
+for runs in the next larger one: the sequences that fill it up have length 0 and touch nothing.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ class Engine:
     def prefill(self, ids: Ids) -> np.ndarray:
         """Append a prompt to each sequence -> float32 [batch, vocab], the logits after its last token.
 
-        ids: a list (one sequence), an int array [n] or [batch, n], or a list of lists of any lengths. After `reset` or at first the
-        batch is taken from ids; later calls go on with the same sequences (another turn of a conversation).
+        ids: a list (one sequence), an int array [n] or [batch, n], or a list of lists of any lengths. After `reset` or
+        at first the batch is taken from ids; later calls go on with the same sequences (another turn of a
+        conversation).
         """
         rows = self._rows(ids)
         if self.batch == 0:
@@ -64,7 +65,8 @@ class Engine:
         return self._done(logits)[:, 0]
 
     def decode(self, ids: Ids) -> np.ndarray:
-        """Append one token to each sequence -> float32 [batch, vocab]. ids: an int, or one a sequence ([batch] or [batch, 1])."""
+        """Append one token to each sequence -> float32 [batch, vocab]. ids: an int, or one a sequence ([batch] or
+        [batch, 1])."""
         array = np.asarray(ids)
         rows = self._rows(array.reshape(-1, 1) if array.ndim <= 1 else array, exactly=1)
         padded, lengths = self._pad(rows, 1)
@@ -74,10 +76,11 @@ class Engine:
         return self._done(logits)[:, 0]
 
     def decode_greedy(self, n: int) -> np.ndarray:
-        """n times: the most likely next token, appended -> int32 [batch, n]. The loop stays on the device; one read-back at the end.
+        """n times: the most likely next token, appended -> int32 [batch, n]. The loop stays on the device; one
+        read-back at the end.
 
-        Goes on from the last prefill or decode, whose logits give the first token; afterwards the engine stands as if `decode` had
-        been called with each of these tokens.
+        Goes on from the last prefill or decode, whose logits give the first token; afterwards the engine stands as if
+        `decode` had been called with each of these tokens.
         """
         if self._next is None:
             raise UserError("decode_greedy needs logits to start from: call prefill or decode first")
@@ -106,10 +109,10 @@ class Engine:
     def verify(self, ids: Ids, parents: Sequence[Any] | np.ndarray | None = None) -> np.ndarray:
         """Candidate tokens -> float32 [batch, m, vocab], the logits after each.
 
-        Without `parents` they are a chain: appended, as decode would one by one (take some back with `rewind`). With `parents` they
-        are a tree: parents[j] is the index of token j's parent among ids, below j, or -1 for a child of the last cached token; the
-        same list for every sequence, or one a sequence. A tree does not move the positions until `keep` says which branch is meant.
-        Rows past a sequence's own length (ragged) are zero.
+        Without `parents` they are a chain: appended, as decode would one by one (take some back with `rewind`). With
+        `parents` they are a tree: parents[j] is the index of token j's parent among ids, below j, or -1 for a child of
+        the last cached token; the same list for every sequence, or one a sequence. A tree does not move the positions
+        until `keep` says which branch is meant. Rows past a sequence's own length (ragged) are zero.
         """
         rows = self._rows(ids)
         if self.batch == 0:
@@ -128,7 +131,8 @@ class Engine:
         tree = np.asarray([list(p) for p in parents] if np.ndim(parents[0]) else [list(parents)] * self.batch, np.int32)
         if tree.shape != (self.batch, m) or any(len(r) != m for r in rows):
             raise UserError(
-                f"parents has shape {list(tree.shape)}, expected one parent for each of {m} ids of {self.batch} sequences"
+                f"parents has shape {list(tree.shape)}, expected one parent for each of {m} ids of {self.batch} "
+                "sequences"
             )
         if (tree >= np.arange(m)).any() or (tree < -1).any():
             raise UserError("parents: each token's parent must stand before it among ids, or be -1")
@@ -157,8 +161,9 @@ class Engine:
         return out
 
     def keep(self, path: Paths) -> None:
-        """After a tree: keep one branch. path: the indices of its tokens among the tree's ids, from the root down (one list, or one a
-        sequence; empty: keep nothing). Their keys and values move to the front and the positions move past them."""
+        """After a tree: keep one branch. path: the indices of its tokens among the tree's ids, from the root down (one
+        list, or one a sequence; empty: keep nothing). Their keys and values move to the front and the positions move
+        past them."""
         if self._tree is None:
             raise UserError("keep needs a tree: call verify(ids, parents) first")
         given: Any = path
@@ -168,7 +173,7 @@ class Engine:
         if len(paths) != self.batch:
             raise UserError(f"keep got {len(paths)} paths for {self.batch} sequences")
         for b, p in enumerate(paths):
-            for above, j in zip([-1, *p[:-1]], p, strict=True):
+            for above, j in zip([-1, *p], p, strict=False):  # each token and the one above it
                 if not 0 <= j < self._tree.shape[1] or self._tree[b, j] != above:
                     raise UserError(
                         f"keep: {p} is not a branch of sequence {b}'s tree (token {j} is no child of {above})"
@@ -189,7 +194,8 @@ class Engine:
         self._next, self._tree = None, None
 
     def score(self, ids: Ids) -> np.ndarray:
-        """Log-probability of each next token, from an empty context -> float32 [batch, n-1]; the logits never leave the device.
+        """Log-probability of each next token, from an empty context -> float32 [batch, n-1]; the logits never leave the
+        device.
 
         Sequences must have the same length n >= 2. Starts with a `reset` and ends with one.
         """
@@ -219,7 +225,8 @@ class Engine:
     # State -----------------------------------------------------------------------------------------------------------
 
     def rewind(self, positions: int | Sequence[int] | np.ndarray) -> None:
-        """Forget all but the first `positions` tokens of each sequence (one number, or one a sequence). Costs nothing."""
+        """Forget all but the first `positions` tokens of each sequence (one number, or one a sequence). Costs
+        nothing."""
         wanted = np.broadcast_to(np.asarray(positions, np.int64), (self.batch,))
         if (wanted < 0).any() or (wanted > self.positions).any():
             raise UserError(f"rewind to {wanted.tolist()} is outside what is cached, {self.positions.tolist()} tokens")
@@ -234,11 +241,13 @@ class Engine:
     # Helpers ---------------------------------------------------------------------------------------------------------
 
     def _start(self, batch: int) -> None:
-        """Begin with `batch` empty sequences; caches are kept when they fit (their contents cannot be seen past the positions)."""
+        """Begin with `batch` empty sequences; caches are kept when they fit (their contents cannot be seen past the
+        positions)."""
         sizes = [size for size in self.artifact.batch_sizes if size >= batch]
         if not sizes:
             raise UserError(
-                f"a batch of {batch} sequences, but {self.artifact.path} was compiled for up to {self.artifact.batch_sizes[-1]}; "
+                f"a batch of {batch} sequences, but {self.artifact.path} was compiled for up to "
+                f"{self.artifact.batch_sizes[-1]}; "
                 f"compile with --batch-sizes {','.join(map(str, (*self.artifact.batch_sizes, batch)))}"
             )
         if self._slots != sizes[0]:
@@ -263,12 +272,14 @@ class Engine:
                 raise UserError(f"the prompt of sequence {b} is empty: give at least one token id")
             if array.ndim != 1 or array.dtype.kind not in "iu":
                 raise UserError(
-                    f"token ids of sequence {b} must be integers in one list, not {array.dtype} of shape {list(array.shape)}"
+                    f"token ids of sequence {b} must be integers in one list, not {array.dtype} of shape "
+                    f"{list(array.shape)}"
                 )
             bad = array[(array < 0) | (array >= self.config.vocab_size)]
             if bad.size:
                 raise UserError(
-                    f"token id {int(bad[0])} is outside the vocabulary (0..{self.config.vocab_size - 1}); is it another model's tokenizer?"
+                    f"token id {int(bad[0])} is outside the vocabulary (0..{self.config.vocab_size - 1}); "
+                    "is it another model's tokenizer?"
                 )
             rows.append(array.astype(np.int32))
         if exactly is not None and any(len(r) != exactly for r in rows):
@@ -301,12 +312,14 @@ class Engine:
         return padded, np.asarray([len(r) for r in rows], np.int32)
 
     def _where(self, lengths: np.ndarray) -> tuple[Handle, Handle]:
-        """Positions and lengths on the device; sequences that only fill up the static batch stand at 0 with length 0."""
+        """Positions and lengths on the device; sequences that only fill up the static batch stand at 0 with length
+        0."""
         spare = (0, self._slots - self.batch)
         return self._int("positions", np.pad(self.positions, spare)), self._int("lengths", np.pad(lengths, spare))
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Handle:
-        """An int32 tensor on the device, kept and reused. Long-lived ones only: prompts of every length would pile up."""
+        """An int32 tensor on the device, kept and reused. Long-lived ones only: prompts of every length would pile
+        up."""
         key = (name, shape)
         if key not in self._tensors:
             for old in [k for k in self._tensors if k[0] == name]:

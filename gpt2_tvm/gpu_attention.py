@@ -1,8 +1,8 @@
 """The GPU targets' side of `attention.AttentionKernels`: our kernels in `kernels/gpu_*.py`, chosen by shape.
 
-Rows whose number is a shape of the caller's (prefill, score) go through the flash kernel, a block for each tile of query rows. A fixed
-small number of rows (decode, verify) would leave a GPU nearly idle that way, so there the keys are split instead: many blocks take a
-piece of the context each, and a second launch combines what they found.
+Rows whose number is a shape of the caller's (prefill, score) go through the flash kernel, a block for each tile of
+query rows. A fixed small number of rows (decode, verify) would leave a GPU nearly idle that way, so there the keys
+are split instead: many blocks take a piece of the context each, and a second launch combines what they found.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from gpt2_tvm.kernels.spec import AttentionSpec, GpuLimits
 if TYPE_CHECKING:
     from targets import DeviceTarget
 
+
 def _fixed(extent: Any) -> int | None:
     """An extent as an int, None where it is symbolic."""
     if isinstance(extent, int):
@@ -28,8 +29,9 @@ def _fixed(extent: Any) -> int | None:
 class GpuKernels:
     """Our GPU kernels for one device's limits; see `attention.AttentionKernels` for what each function does.
 
-    fused_append: with a fixed number of rows `append` emits nothing and `attend` writes the new keys and values itself, which saves a
-    launch a layer. Only for callers that attend through this object, so not beneath `attention.MaterializedAttention`.
+    fused_append: with a fixed number of rows `append` emits nothing and `attend` writes the new keys and values
+    itself, which saves a launch a layer. Only for callers that attend through this object, so not beneath
+    `attention.MaterializedAttention`.
     """
 
     def __init__(self, limits: GpuLimits, fused_append: bool = False) -> None:
@@ -62,9 +64,7 @@ class GpuKernels:
         func = prefill_attention(spec, self.limits)
         return op.tensor_ir_op(func, "prefill_attention", [qkv, rows.positions, rows.lengths, cache], out)
 
-    def _split(
-        self, spec: AttentionSpec, qkv: Tensor, cache: Tensor, rows: Rows, batch: int, count: int
-    ) -> Tensor:
+    def _split(self, spec: AttentionSpec, qkv: Tensor, cache: Tensor, rows: Rows, batch: int, count: int) -> Tensor:
         """Attention of a few rows a sequence: the pieces of the context, then what combines them."""
         from gpt2_tvm.kernels.gpu_decode_attention import decode_attention
 
@@ -75,16 +75,14 @@ class GpuKernels:
         parts = out if kernels.workspace is None else Tensor.placeholder(list(kernels.workspace), "float32")
         inputs = [qkv, rows.positions, rows.lengths, cache, *tree]
         if self.fused_append:  # the cache is written where it lies, the result is new
-            _, parts = op.tensor_ir_inplace_op(kernels.partial, name, inputs, [3, -1], [cache, parts])
+            _, parts = op.tensor_ir_inplace_op(kernels.partial, f"{name}_append", inputs, [3, -1], [cache, parts])
         else:
             parts = op.tensor_ir_op(kernels.partial, name, inputs, parts)
         if kernels.combine is None:
             return parts
         return op.tensor_ir_op(kernels.combine, f"{name}_combine", [parts, rows.positions, rows.lengths], out)
 
-    def keep(
-        self, spec: AttentionSpec, cache: Tensor, positions: Tensor, path: Tensor, lengths: Tensor
-    ) -> Tensor:
+    def keep(self, spec: AttentionSpec, cache: Tensor, positions: Tensor, path: Tensor, lengths: Tensor) -> Tensor:
         from gpt2_tvm.kernels.gpu_keep import keep_branch
 
         func = keep_branch(spec, self.limits, int(path.shape[0]), int(path.shape[1]))

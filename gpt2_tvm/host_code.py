@@ -1,7 +1,8 @@
 """What TVM's host code does for each PrimFunc: which device kernels it launches, with which buffers, scalars and grid.
 
-TVM splits a scheduled PrimFunc into kernels and host code that launches them. A machine that cannot run that host code (a browser
-without TVM, PyPI's wgpu) must make the same launches; here they are read from the host code itself, not guessed from names.
+TVM splits a scheduled PrimFunc into kernels and host code that launches them. A machine that cannot run that host
+code (a browser without TVM, PyPI's wgpu) must make the same launches; here they are read from the host code itself,
+not guessed from names.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Scratch:
 
 @dataclass(frozen=True)
 class HostLaunch:
-    """One launch. buffers: each an argument's index or a Scratch. scalars, grid: called with what stands for an `Extent`."""
+    """One launch. buffers: each an argument's index or a Scratch. scalars, grid: called with what stands for an
+    `Extent`.
+    """
 
     kernel: str
     buffers: tuple[int | Scratch, ...]
@@ -52,7 +55,8 @@ class HostLaunch:
 def host_launches(functions: dict[Any, tirx.PrimFunc], target: tvm.target.Target) -> dict[str, list[HostLaunch]]:
     """The launches of each PrimFunc, in order, by its name: TVM's own TIR pipeline for `target`, read after the split.
 
-    Raises RuntimeError for host code that is more than launches in a row (loops, library calls): nothing could replay it.
+    Raises RuntimeError for host code that is more than launches in a row (loops, library calls): nothing could
+    replay it.
     """
     if target.host is None:
         target = target.with_host("llvm")
@@ -139,9 +143,10 @@ class _Reader:
         found: list[int] = []
 
         def see(call: Call) -> None:
-            if str(getattr(call.op, "name", "")) == "tirx.tvm_struct_get" and call.args[0].same_as(self.arguments):
-                if int(call.args[2]) == ARGUMENT_HANDLE:
-                    found.append(int(call.args[1]))
+            if str(getattr(call.op, "name", "")) != "tirx.tvm_struct_get":
+                return
+            if call.args[0].same_as(self.arguments) and int(call.args[2]) == ARGUMENT_HANDLE:
+                found.append(int(call.args[1]))
 
         tvm_ffi.structural_walk(self.values[handle], [(Call, see)], order="pre")
         if len(set(found)) != 1:

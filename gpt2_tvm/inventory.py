@@ -1,8 +1,191 @@
-from typing import Any
+"""The table of functions in a manifest: what each compiled PrimFunc is for, which rule took it, what it moves and
+computes, and how often a call of the model runs it.
+
+Sizes that depend on the caller are texts in the grammar of `expressions`: over b (sequences), n (rows of this call)
+and p (tokens that a sequence has in its cache before the call, where attention reads them).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import tvm
+import tvm_ffi
+from tvm import relax, s_tir, tirx
+from tvm.ir import GlobalVar
+
+from gpt2_tvm.expressions import Text, combine, to_text
+from gpt2_tvm.schedules.registry import Hit
+from gpt2_tvm.work import work_of
+
+if TYPE_CHECKING:
+    from gpt2_tvm.build import Plan
+    from gpt2_tvm.pipeline import Lowered
+
+AXES = "xyz"
+ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
+# A parameter's name as Relax has it: transformer_h_0_attn_c_attn_weight.
+PARAMETER = re.compile(r"^(?:transformer_)?(?:h_\d+_)?(?P<module>\w+?)_(?P<what>weight|bias)\d*$")
 
 
-def function_table(lowered: Any, plan: Any) -> dict[str, Any]:
+def function_table(lowered: Lowered, plan: Plan) -> dict[str, Any]:
+    """The manifest's entries about the compiled functions.
+
+    Returns a dictionary of
+    compute_dtype: dtype of activations and caches.
+    functions: a row for each PrimFunc that is called: name · role, from the parameters it is called with · rule ·
+    kernels, the device kernels it consists of · grid, block (of the first; None on a CPU) · shared_memory_bytes a
+    block, as scheduled (what TVM adds for reductions across threads is not in it) · bytes, each input read and each
+    output written once · flops, see `work` · calls, {exported function: times it is called}. launches: {exported
+    function: kernels launched by one call}. launches_per_decode: of one greedy step at the smallest batch.
+    """
+    bodies = {var.name_hint: f for var, f in lowered.scheduled.functions_items() if isinstance(f, tirx.PrimFunc)}
+    unscheduled = {var.name_hint: f for var, f in lowered.fused.functions_items()}
+    calls: dict[str, Counter[str]] = {}
+    parameters: dict[str, list[str]] = {}
+    for var, func in lowered.lowered.functions_items():
+        if not isinstance(func, relax.Function):
+            continue
+        calls[var.name_hint] = Counter()
+        for callee, names in _calls(func):
+            calls[var.name_hint][callee] += 1
+            seen = parameters.setdefault(callee, [])
+            seen += [name for name in names if name not in seen]
+    on_cpu = plan.target.kind == "cpu"
+    shared = {} if on_cpu else _shared_memory(bodies, lowered.hits)
+    rows, kernels = [], {}
+    for hit in lowered.hits:
+        name = hit.function
+        callers = {caller: count[name] for caller, count in calls.items() if count[name]}
+        if not callers:  # became a view, or folded away
+            continue
+        nests = [] if on_cpu else _nests(bodies[name])
+        kernels[name] = 1 if on_cpu else len(nests)
+        grid, block = nests[0] if nests else (None, None)
+        nbytes, flops = work_of(name, unscheduled[name])
+        rows.append(
+            {
+                "name": name,
+                "role": _role(name, list(callers), parameters[name]),
+                "rule": hit.rule,
+                "kernels": kernels[name],
+                "grid": grid,
+                "block": block,
+                "shared_memory_bytes": None if on_cpu else shared.get(name, 0),
+                "bytes": nbytes,
+                "flops": flops,
+                "calls": callers,
+            }
+        )
+    launches = {caller: sum(kernels[f] * times for f, times in count.items()) for caller, count in calls.items()}
     return {
         "compute_dtype": plan.scheme.compute_dtype,
-        "functions": [{"name": h.function, "rule": h.rule} for h in lowered.hits],
+        "functions": rows,
+        "launches": dict(sorted(launches.items())),
+        "launches_per_decode": launches[f"greedy_b{min(plan.batch_sizes)}"],
     }
+
+
+def _calls(func: relax.Function) -> list[tuple[str, list[str]]]:
+    """(PrimFunc, names of the parameters among its arguments) for each call, in order."""
+    found = []
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            value = binding.value
+            if isinstance(value, relax.Call) and isinstance(value.op, GlobalVar):
+                found.append((value.op.name_hint, [str(a.name) for a in value.args if isinstance(a, relax.Var)]))
+    return found
+
+
+def _role(name: str, callers: list[str], arguments: list[str]) -> str:
+    """ "decode, greedy: mlp.c_fc + bias + gelu_new": which functions run it, and the layers whose parameters it is
+    given.
+    """
+    kinds = list(dict.fromkeys(re.sub(r"_b\d+(_m\d+)?$", "", caller) for caller in sorted(callers)))
+    matches = [m for m in map(PARAMETER.match, arguments) if m]
+    modules = list(dict.fromkeys(re.sub(r"^(attn|mlp)_", r"\1.", m["module"]) for m in matches))
+    base = re.sub(r"\d+(?=_|$)", "", name.removeprefix("fused_"))
+    parts = base.split("_")
+    what = base
+    if "matmul" in parts and modules:
+        bias = any(m["what"] == "bias" for m in matches)
+        what = " / ".join(modules) + (" + bias" if bias else "")
+        what = f"logits ({what})" if modules[0] in ("wte", "lm_head") else what
+        activation = next((a for a in ACTIVATIONS if re.search(rf"(^|_){a}(_|$)", base)), None)
+        what += f" + {activation}" if activation else ""
+        what += " + residual" if parts.count("add") > bias else ""
+    elif modules and base != "embed":
+        what = f"{base} ({' / '.join(modules)})"
+    return f"{', '.join(kinds)}: {what}"
+
+
+def _extent_text(extent: Any) -> Text:
+    return to_text(extent, lambda node: str(node.name) if isinstance(node, tirx.Var) else None)
+
+
+def _nests(func: tirx.PrimFunc) -> list[tuple[list[Text], list[Text]]]:
+    """(grid, block) of each device kernel of a scheduled PrimFunc: of each outermost loop that is bound to threads."""
+    nests: list[dict[str, Text]] = []
+
+    def bound(loop: tirx.For) -> tuple[str, Text] | None:
+        binding = loop.thread_binding
+        return None if binding is None else (str(binding.thread_tag), _extent_text(loop.extent))
+
+    def inside(extents: dict[str, Text]) -> Any:
+        def see(loop: tirx.For) -> None:
+            found = bound(loop)
+            if found is not None:  # a kernel may bind an axis again in each of its stages, always to the same extent
+                extents[found[0]] = found[1]
+
+        return see
+
+    def outside(loop: tirx.For) -> Any:
+        if bound(loop) is None:
+            return None
+        extents: dict[str, Text] = {}
+        tvm_ffi.structural_walk(loop, [(tirx.For, inside(extents))], order="pre")
+        nests.append(extents)
+        return tvm_ffi.WalkResult.SKIP
+
+    tvm_ffi.structural_walk(func.body, [(tirx.For, outside)], order="pre")
+    return [([e.get(f"blockIdx.{a}", 1) for a in AXES], [e.get(f"threadIdx.{a}", 1) for a in AXES]) for e in nests]
+
+
+def _shared_memory(bodies: dict[str, tirx.PrimFunc], hits: list[Hit]) -> dict[str, Text]:
+    """Bytes of shared memory a block, by function. A rule's buffers have their whole shape until TVM compacts them
+    to what one block touches, so those functions go through the passes that do; our own kernels are written that
+    way.
+    """
+    rules = {hit.function: hit.rule for hit in hits}
+    needing = {name: func for name, func in bodies.items() if _shared_bytes(func)}
+    compact = {name: func for name, func in needing.items() if rules[name] != "ours"}
+    if compact:
+        passes = s_tir.transform
+        module = tvm.transform.Sequential(
+            [
+                passes.LowerInitBlock(),
+                passes.PlanAndUpdateBufferAllocationLocation(),
+                passes.ConvertBlocksToOpaque(),
+                passes.LiftThreadBinding(),
+                passes.CompactBufferAllocation(),
+            ]
+        )(tvm.IRModule(compact))
+        needing.update({var.name_hint: func for var, func in module.functions_items()})
+    return {name: _shared_bytes(func) for name, func in needing.items()}
+
+
+def _shared_bytes(func: tirx.PrimFunc) -> Text:
+    total: list[Text] = [0]
+
+    def see(block: s_tir.SBlock) -> None:
+        for buffer in block.alloc_buffers:
+            if buffer.scope().startswith("shared"):
+                nbytes: Text = tvm.DataType(buffer.dtype).bits // 8
+                for extent in buffer.shape:
+                    nbytes = combine("*", nbytes, _extent_text(extent))
+                total[0] = combine("+", total[0], nbytes)
+
+    tvm_ffi.structural_walk(func.body, [(s_tir.SBlock, see)], order="pre")
+    return total[0]

@@ -5,16 +5,17 @@
     {"format": 1,
      "functions": {"prefill": {
         "inputs":   [TENSOR or [TENSOR, ...] for a tuple argument],   the packed parameters are not among them
-        "storages": [BYTES, ...],                                     memory that tensors take turns in, as TVM planned it
+        "storages": [BYTES, ...],                                     memory that tensors take turns in
         "tensors":  [TENSOR with "storage": index, ...],              what the function makes itself
-        "launches": [{"kernel": entry point, "buffers": [REF, ...], "scalars": [SIZE, ...], "grid": [SIZE, SIZE, SIZE]}, ...],
+        "launches": [{"kernel": entry point, "buffers": [REF, ...],
+                      "scalars": [SIZE, ...], "grid": [SIZE, SIZE, SIZE]}, ...],
         "outputs":  REF or [REF, ...]}}}
 
-TENSOR is ``{"shape": [SIZE, ...], "dtype": name}``. SIZE and BYTES are integers or texts of `expressions`, over the names that stand
-in the inputs' shapes. REF is ``["input", i]``, ``["input", i, j]`` (element of a tuple), ``["param", i]`` (the
-manifest's "params" names them) or ``["tensor", k]``.
-Buffers stand in binding order; one uniform block follows them, the scalars and then ``packGridDimX`` (`runners.wgpu_device`). A
-reshape is no launch: two tensors of one storage. In-place arguments appear as the input that they are.
+TENSOR is ``{"shape": [SIZE, ...], "dtype": name}``. SIZE and BYTES are integers or texts of `expressions`, over the
+names that stand in the inputs' shapes. REF is ``["input", i]``, ``["input", i, j]`` (element of a tuple),
+``["param", i]`` (the manifest's "params" names them) or ``["tensor", k]``. Buffers stand in binding order; one
+uniform block follows them, the scalars and then ``packGridDimX`` (`runners.wgpu_device`). A reshape is no launch:
+two tensors of one storage. In-place arguments appear as the input that they are.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ Ref = list[Any]
 def write_kernel_list(work: Path, lowered: Lowered, plan: Plan, executable: Any) -> None:
     """Write `work`/kernels.json beside the kernels.wgsl that `toolchains.webgpu.export` wrote.
 
-    Raises RuntimeError where a function does what a list of launches cannot say, or names a kernel that kernels.wgsl lacks.
+    Raises RuntimeError where a function does what a list of launches cannot say, or names a kernel that
+    kernels.wgsl lacks.
     """
     from gpt2_tvm.runners.wgpu_device import parse_wgsl
 

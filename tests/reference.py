@@ -81,8 +81,8 @@ def random_rows(config: GPT2Config, lengths: Sequence[int], seed: int = 0) -> li
 
 
 def assert_close(ours: np.ndarray, reference: np.ndarray, share: float, what: str) -> None:
-    """max |difference| <= share x max |logit|, no NaN, and the same most likely token wherever the reference's first two are
-    further apart than that.
+    """max |difference| <= share x max |logit|, no NaN, and the same most likely token wherever the reference's first
+    two are further apart than that.
     """
     assert ours.shape == reference.shape, f"{what}: shape {ours.shape}, expected {reference.shape}"
     assert ours.dtype == np.float32, f"{what}: {ours.dtype}"

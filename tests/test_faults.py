@@ -153,11 +153,12 @@ def test_weights_that_are_not_numbers(
 
 
 def test_any_byte_of_the_manifest_flipped(copy: Path) -> None:
-    """Every byte, a random bit each."""
+    """The first 300 bytes (format, digest) and 1000 others, a random bit each."""
     path = copy / "manifest.json"
     sound = path.read_bytes()
-    bits = np.random.default_rng(0).integers(8, size=len(sound))
-    for at, bit in enumerate(bits.tolist()):
+    rng = np.random.default_rng(0)
+    for at in [*range(300), *rng.integers(len(sound), size=1000).tolist(), len(sound) - 1]:
+        bit = int(rng.integers(8))
         damaged = bytearray(sound)
         damaged[at] ^= 1 << bit
         path.write_bytes(damaged)

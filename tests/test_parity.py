@@ -75,7 +75,11 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     engines: dict[Path, Engine] = {}
 
     def make(
-        name: str, quantization: str = "q0f32", attention: str = "flash", batch_sizes: tuple[int, ...] = (1,)
+        name: str,
+        quantization: str = "q0f32",
+        attention: str = "flash",
+        batch_sizes: tuple[int, ...] = (1,),
+        verify_widths: tuple[int, ...] = (WIDTH,),
     ) -> tuple[Engine, Reference]:
         source = folder / name
         if name not in references:

@@ -4,18 +4,19 @@ On a CPU LLVM turns `T.exp` of a vector into one call of `expf` a lane, and GELU
 in front of it. The functions here are arithmetic, a floor, selects and shifts, so they stay in vector registers of any
 width and any instruction set. One expression serves scalars and vectors; values used twice are bound by `Let`.
 
-Methods. `exp`: n = round(x / ln 2) and r = x - n ln 2 with ln 2 in two parts (W. J. Cody and W. Waite, "Software Manual
-for the Elementary Functions", 1980, chapter 6), a polynomial of r, then two multiplications by powers of two. `tanh` and
-`erf`: an odd polynomial near zero, an exponential elsewhere. The coefficients were fitted for this file (weighted
-least squares on Chebyshev nodes, reweighted by Lawson's method until the error levels off, then rounded to float32).
+Methods. `exp`: n = round(x / ln 2) and r = x - n ln 2 with ln 2 in two parts (W. J. Cody and W. Waite, "Software
+Manual for the Elementary Functions", 1980, chapter 6), a polynomial of r, then two multiplications by powers of two.
+`tanh` and `erf`: an odd polynomial near zero, an exponential elsewhere. The coefficients were fitted for this file
+(weighted least squares on Chebyshev nodes, reweighted by Lawson's method until the error levels off, then rounded to
+float32).
 
 Largest errors, measured by `tests/test_kernel_math.py` against float64:
 
 ========  ===========================  =================================================
 exp       1.0e-7 relative              [-87.3, 88.72]; subnormal results within one step
-tanh      1.8e-7 relative              all x
-erf       1.8e-7 relative              all x
-sigmoid   2.5e-7 relative              [-87, inf]
+tanh      1.6e-7 relative              all x
+erf       1.6e-7 relative              all x
+sigmoid   1.8e-7 relative              [-87, inf]
 ========  ===========================  =================================================
 
 NaN stays NaN; `exp(-inf)` is 0 and `exp(inf)` is inf.
@@ -24,7 +25,7 @@ NaN stays NaN; `exp(-inf)` is 0 and `exp(inf)` is inf.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tvm_ffi
@@ -144,7 +145,7 @@ def activation(name: str, x: Expr, fast: bool) -> Expr:
     """An activation function of GPT-2 checkpoints, computed in float32 and returned as float32.
 
     name: gelu_new (GELU with tanh; Hendrycks and Gimpel 2016, section 2), gelu (with erf), relu, silu or tanh.
-    x: a float32 or float16 expression. fast: the functions of this file (CPUs); otherwise the target's intrinsics (GPUs).
+    x: a float32 or float16 expression. fast: the functions of this file (CPUs), else the target's intrinsics (GPUs).
     Raises UserError for another name.
     """
     if name not in ACTIVATIONS:
@@ -183,3 +184,49 @@ def vectorise_intrinsics(node: Any) -> Any:
         return value if call.ty.dtype == "float32" else tirx.Cast(call.ty.dtype, value)
 
     return tvm_ffi.structural_map(node, [(ir.Call, replace)])
+
+
+# -- looking into expressions, and rewriting them ----------------------------------------------------------------------
+
+
+def static(e: Expr) -> int | None:
+    """The value of a constant integer expression, else None."""
+    return int(e) if isinstance(e, int | tirx.IntImm) else None
+
+
+def loads(e: Expr) -> list[ir.TensorLoad]:
+    """All buffer loads in an expression."""
+    found: list[ir.TensorLoad] = []
+    tvm_ffi.structural_walk(e, [(ir.TensorLoad, lambda load: found.append(load))])
+    return found
+
+
+def uses(e: Expr, var: ir.Var) -> bool:
+    """Whether an expression reads a variable."""
+    found: list[bool] = []
+    tvm_ffi.structural_walk(e, [(ir.Var, lambda v: found.append(True) if v.same_as(var) else None)])
+    return bool(found)
+
+
+def rewrite(
+    e: Expr, variables: Mapping[ir.Var, Expr], buffers: Mapping[Any, Callable[[list[Expr]], Expr]] | None = None
+) -> Expr:
+    """`e` with variables replaced, and loads of `buffers` by what their function makes of the (new) indices.
+
+    Variables bound by Let are renewed: an expression may be written into several loops, and TIR wants one definition
+    of a variable.
+    """
+    buffers = buffers or {}
+
+    def on_load(load: ir.TensorLoad) -> Expr:
+        return buffers[load.source](list(load.indices)) if load.source in buffers else load
+
+    def on_let(let: tirx.Let) -> Expr:
+        fresh = tirx.Var(let.var.name, let.var.ty)
+        return tirx.Let(fresh, let.value, tvm_ffi.structural_map(let.body, [(ir.Var, _swap({let.var: fresh}))]))
+
+    return tvm_ffi.structural_map(e, [(ir.TensorLoad, on_load), (tirx.Let, on_let), (ir.Var, _swap(variables))])
+
+
+def _swap(variables: Mapping[ir.Var, Expr]) -> Callable[[ir.Var], Expr]:
+    return lambda var: variables.get(var, var)

@@ -1,7 +1,7 @@
 """Linear layers on weights stored in panels, for CPUs.
 
-A weight [N, K] is stored as W [P, K, NR], P = ceil(N / NR): ``W[o // NR, k, o % NR] = weight[o, k]``, with zeros past row
-N. NR is two or more vector registers wide, so the k loop of a panel reads memory strictly forwards and multiplies whole
+A weight [N, K] is stored as W [P, K, NR], P = ceil(N / NR): ``W[o // NR, k, o % NR] = weight[o, k]``, zeros past row N.
+NR is two or more vector registers wide, so the k loop of a panel reads memory strictly forwards and multiplies whole
 registers by one element of x: no horizontal sums, and one layout for one row (`schedules/cpu_gemv.py`) and for many
 (`schedules/cpu_matmul.py`). It is the packing of GotoBLAS (Goto and van de Geijn 2008, "Anatomy of High-Performance
 Matrix Multiplication") done once, when weights are converted, instead of in every call.

@@ -1,7 +1,7 @@
 """From samples to the rows and comparisons of a result file.
 
-A result is {"complete", "date", "bounds", "other_cores", "rows", "comparisons", "failures"}; `ROW_KEYS` are the keys of each
-row, to which the row of a peer adds "peer". Rates count the tokens of all sequences of a batch.
+A result is {"complete", "date", "bounds", "other_cores", "rows", "comparisons", "failures"}; `ROW_KEYS` are the keys of
+each row, to which the row of a peer adds "peer". Rates count the tokens of all sequences of a batch.
 """
 
 from __future__ import annotations

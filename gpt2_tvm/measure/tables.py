@@ -36,7 +36,7 @@ def render(result: dict[str, Any], format_: str) -> str:
 def _csv(rows: Sequence[Row]) -> str:
     """One column a key, `peer` last and empty for our own rows; `versions` as JSON in its cell."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, [*ROW_KEYS, "peer"], restval="", lineterminator="\n")
+    writer = csv.DictWriter(out, [*ROW_KEYS, "peer"], restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({**row, "versions": json.dumps(row["versions"], sort_keys=True)})

@@ -85,7 +85,8 @@ def _device(artifact: Artifact, wanted: str | None) -> Any:
         present = False
     if not present:
         raise UserError(
-            f"{name} is for {kind}, and this machine has no {kind} device that TVM's runtime can use; run it where there is one"
+            f"{name} is for {kind}, and this machine has no {kind} device that TVM's runtime can use; "
+            "run it where there is one"
         )
     return device
 
@@ -97,7 +98,8 @@ def _check_cpu(artifact: Artifact) -> None:
     lacking = missing_features(artifact.manifest["target"].get("requires", ()))
     if lacking:
         raise UserError(
-            f"{artifact.path} needs a CPU with {', '.join(lacking)}, which this one lacks; compile it here with --target cpu"
+            f"{artifact.path} needs a CPU with {', '.join(lacking)}, which this one lacks; "
+            "compile it here with --target cpu"
         )
 
 

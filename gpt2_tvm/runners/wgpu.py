@@ -1,15 +1,15 @@
-"""Running a webgpu artifact without a browser and without TVM's virtual machine: its kernel list, replayed on PyPI's ``wgpu``.
+"""Running a webgpu artifact without a browser and without TVM's virtual machine: its kernel list, replayed on
+PyPI's ``wgpu``.
 
-A function's launches are bound to buffers once for each set of inputs and sizes, and kept. So a decode step, whose inputs are the same
-tensors every time, costs the host one command buffer with one compute pass: no allocation, no new bind groups, no uniform written.
-Memory between kernels is shared as TVM planned it (`kernel_list`); what a function returns is overwritten by its next call of the same
-kind.
+A function's launches are bound to buffers once, and kept for as long as it is called with the same tensors. So a
+decode step, whose inputs are the same tensors every time, costs the host one command buffer with one compute pass:
+no allocation, no new bind groups, no uniform written. Memory between kernels is shared as TVM planned it
+(`kernel_list`); what a function returns is overwritten by its next call of the same kind.
 """
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,9 @@ from gpt2_tvm.expressions import evaluate
 if TYPE_CHECKING:
     from gpt2_tvm.runners.wgpu_device import Device, Launch
 
+Key = tuple[Any, ...]  # identities of a call's inputs, those of a tuple in a tuple
+
 KERNEL_LIST, KERNELS, FORMAT = "kernels.json", "kernels.wgsl", 1
-KEPT = 16  # bound programs: a handful of functions, and the last few prompt lengths
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,9 @@ class WgpuTensor:
 
 @dataclass(frozen=True)
 class _Bound:
-    """A function bound to its inputs: what to submit, and the tensors to return. Holds the inputs, whose identity is its key."""
+    """A function bound to its inputs: what to submit, and the tensors to return. Holds the inputs, whose identity
+    is its key.
+    """
 
     launches: list[Launch]
     outputs: Any
@@ -50,8 +53,8 @@ class WgpuRunner:
     """See `runners.base.Runner`.
 
     device: None or "webgpu" for the adapter that the system calls fastest, "webgpu:<k>" for the k-th of all.
-    Raises UserError where wgpu or an adapter is missing, where the artifact's kernel list is damaged, or where the device cannot hold
-    a tensor in one binding (the message names it and says what helps).
+    Raises UserError where wgpu or an adapter is missing, where the artifact's kernel list is damaged, or where the
+    device cannot hold a tensor in one binding (the message names it and says what helps).
     """
 
     def __init__(self, artifact: Artifact, device: str | None = None) -> None:
@@ -65,7 +68,7 @@ class WgpuRunner:
         self._device = _open(device)
         self.device_name = self._device.name
         self._params = self._upload_params(artifact)
-        self._bound: OrderedDict[Any, _Bound] = OrderedDict()
+        self._bound: dict[str, tuple[Key, _Bound]] = {}
         self._scratch: list[Any] = []  # memory between kernels, shared by all functions: they run one after another
 
     def _upload_params(self, artifact: Artifact) -> list[WgpuTensor]:
@@ -98,16 +101,13 @@ class WgpuRunner:
     def download(self, tensor: WgpuTensor) -> np.ndarray:
         return self._device.read(tensor.buffer, tensor.shape, tensor.dtype)
 
-    def call(
-        self, function: str, inputs: Sequence[WgpuTensor | Sequence[WgpuTensor]], with_params: bool = True
-    ) -> Any:
-        key = (function, *(tuple(map(id, x)) if isinstance(x, list) else id(x) for x in inputs))
-        bound = self._bound.get(key)
-        if bound is None:
-            bound = self._bound[key] = self._bind(function, list(inputs))
-            while len(self._bound) > KEPT:
-                self._bound.popitem(last=False)
-        self._bound.move_to_end(key)
+    def call(self, function: str, inputs: Sequence[WgpuTensor | Sequence[WgpuTensor]], with_params: bool = True) -> Any:
+        key = tuple(tuple(map(id, x)) if isinstance(x, list) else id(x) for x in inputs)
+        known, bound = self._bound.get(function, (None, None))
+        if bound is None or known != key:
+            self._forget(key)
+            bound = self._bind(function, list(inputs))
+            self._bound[function] = key, bound
         self._device.submit(bound.launches)
         return bound.outputs
 
@@ -119,7 +119,9 @@ class WgpuRunner:
     def launches(
         self, function: str, inputs: Sequence[WgpuTensor | Sequence[WgpuTensor]]
     ) -> tuple[list[str], list[Launch]]:
-        """A function's kernels and its bound launches, in order: to be timed one by one (`wgpu_device.Device.time_us`)."""
+        """A function's kernels and its bound launches, in order: to be timed one by one
+        (`wgpu_device.Device.time_us`).
+        """
         bound = self._bind(function, list(inputs))
         return [launch.kernel.shader.name for launch in bound.launches], bound.launches
 
@@ -127,6 +129,14 @@ class WgpuRunner:
     def device(self) -> Device:
         """The device beneath."""
         return self._device
+
+    def _forget(self, key: Key) -> None:
+        """Let go of what is bound to other caches than the ones in use now: they would never be freed otherwise."""
+        caches = [part for part in key if isinstance(part, tuple)]
+        for function, (other, _) in list(self._bound.items()):
+            others = [part for part in other if isinstance(part, tuple)]
+            if caches and others and caches != others:
+                del self._bound[function]
 
     # Binding ---------------------------------------------------------------------------------------------------------
 
@@ -188,7 +198,7 @@ def _sizes(function: str, declared: list[Any], inputs: list[Any]) -> dict[str, i
     sizes: dict[str, int] = {}
     if len(declared) != len(inputs):
         raise ValueError(f"{function} takes {len(declared)} inputs, not {len(inputs)}")
-    pairs = []
+    pairs: list[tuple[Any, Any]] = []
     for want, got in zip(declared, inputs, strict=True):
         pairs += zip(want, got, strict=True) if isinstance(want, list) else [(want, got)]
     for want, got in pairs:

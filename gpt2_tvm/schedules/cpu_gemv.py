@@ -16,22 +16,23 @@ memory still gives the weight once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from tvm import ir, s_tir, tirx
 from tvm.s_tir import dlight
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target
 
+from gpt2_tvm.kernels.math import Expr, static
 from gpt2_tvm.schedules.cpu_matmul import GEMV_ROWS, PackedMatmul, Tiling, emit_epilogue, match_packed_matmul
 from gpt2_tvm.schedules.cpu_reduction import (
     Buffer,
-    Expr,
     alloc,
+    bind,
     loop,
     scheduled,
-    static,
     takes,
     vector_loop,
 )
@@ -62,15 +63,17 @@ class CpuGemv(dlight.ScheduleRule):
         tiling = Tiling.of(self.layout, target, int(m.weight.shape[2]), k)
         panels = -(-n // tiling.rows)
         kind = T.parallel if panels > 1 and rows * panels * tiling.rows * k >= PARALLEL_WORK else T.serial
+
         # Step 3. One pass over the panels
-        with IRBuilder() as builder, loop(T.serial, "call", 1):
+        def body() -> None:
             x = _float32_rows(m, rows, tiling.lanes)
             with loop(kind, "panel", panels) as panel:
                 sums = alloc("sums", [rows, tiling.rows], "float32")
                 _product(m, tiling, rows, panel, x, sums)
                 with loop(T.serial, "row", rows) as row:
                     emit_epilogue(m, tiling, row, panel, lambda c: tirx.BufferLoad(sums, [row, c]))
-        return scheduled(func, builder.get())
+
+        return scheduled(func, body)
 
 
 def _float32_rows(m: PackedMatmul, rows: int, lanes: int) -> Callable[[Expr, Expr], Expr]:
@@ -94,9 +97,9 @@ def _product(
         return
     bounds = [rows * g // groups for g in range(groups + 1)]
     with loop(T.serial, "k_outer", -(-k // tiling.k_block)) as k_outer:
-        first = IRBuilder.name("k_first", T.bind(k_outer * tiling.k_block))
-        count = IRBuilder.name("k_count", T.bind(tirx.min(T.int64(tiling.k_block), k - first)))
-        for group in zip(bounds, bounds[1:], strict=False):
+        first = bind("k_first", k_outer * tiling.k_block)
+        count = bind("k_count", tirx.min(T.int64(tiling.k_block), k - first))
+        for group in pairwise(bounds):
             _accumulate(m, tiling, panel, x, sums, group, first, count, k_outer == 0)
 
 
@@ -150,10 +153,9 @@ def _accumulate(
         with loop(T.serial, "k_tail", int(k_count) % unroll) as k:
             each(rows, multiply(0, k_first + int(k_count) // unroll * unroll + k))
     for u in range(1, unroll):
-        each(
-            rows,
-            lambda a, r, lane, c, u=u: T.buffer_store(
-                a, tirx.BufferLoad(a, [r, lane]) + tirx.BufferLoad(a, [u * rows + r, lane]), [r, lane]
-            ),
-        )
+        each(rows, partial(_fold, u * rows))
     each(rows, lambda a, r, lane, c: T.buffer_store(sums, tirx.BufferLoad(a, [r, lane]), [start + r, c]))
+
+
+def _fold(offset: int, acc: Buffer, r: Expr, lane: Expr, _: Expr) -> None:
+    T.buffer_store(acc, tirx.BufferLoad(acc, [r, lane]) + tirx.BufferLoad(acc, [offset + r, lane]), [r, lane])

@@ -20,33 +20,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import tvm_ffi
 from tvm import ir, s_tir, sym, tirx
 from tvm.s_tir import dlight
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target
 
+from gpt2_tvm.kernels.math import Expr, loads, rewrite, static, uses
 from gpt2_tvm.schedules.cpu_reduction import (
     Buffer,
-    Expr,
     Loop,
     Stage,
     alloc,
+    bind,
     layout_value,
-    loads,
     loop,
     read_stages,
-    rewrite,
     row_count,
     row_indices,
     scheduled,
     simd_lanes,
-    static,
     takes,
-    uses,
     vector_loop,
 )
 
@@ -89,8 +86,8 @@ class Tiling:
 class PackedMatmul:
     """A function that is a `packed_matmul` and what follows it elementwise.
 
-    row_loops: the loops over rows; column, k: the loops over N and K. x: the (float32) factor from x, over row_loops and
-    k. weight: the buffer [P, K, NR]. epilogue: stages over row_loops and a column, the product among their loads.
+    row_loops: the loops over rows; column, k: the loops over N and K. x: the (float32) factor from x, over row_loops
+    and k. weight: the buffer [P, K, NR]. epilogue: stages over row_loops and a column, the product among their loads.
     """
 
     row_loops: tuple[Loop, ...]
@@ -188,41 +185,34 @@ def _follows(stage: Stage, product: Stage, stages: Sequence[Stage]) -> bool:
 
 
 def emit_epilogue(m: PackedMatmul, tiling: Tiling, row: Expr, panel: Expr, total: Callable[[Expr], Expr]) -> None:
-    """Store one row of one panel: `total(c)` is the product at the panel's column c; only columns below N are written."""
+    """Store one row of one panel, columns below N only: `total(c)` is the product at the panel's column c."""
     n, _ = m.shape
     full, tail = divmod(n, tiling.rows)
 
     def columns(count: int) -> None:
-        values: dict[Buffer, Callable[[list[Expr]], Expr]] = {}
         at_row = row_indices(row, m.row_loops)
+        place, first = [at_row[l.var] for l in m.row_loops], panel * tiling.rows
+        values: dict[Buffer, Callable[[Expr], Expr]] = {m.product: total}  # by column of the panel
 
-        def write(buffer: Buffer, value: Callable[[Expr], Expr]) -> None:
-            """buffer (or, for what only the epilogue reads, a local copy of this row and panel) := value"""
+        def store(buffer: Buffer, value: Callable[[Expr], Expr]) -> None:
+            """buffer := value; what only the epilogue reads goes to a copy of this row and panel."""
             if buffer in m.outputs:
-                place = [at_row[l.var] for l in m.row_loops]
-                vector_loop(
-                    "c",
-                    count,
-                    tiling.lanes,
-                    lambda c: T.buffer_store(buffer, value(c), [*place, panel * tiling.rows + c]),
-                )
+                vector_loop("c", count, tiling.lanes, lambda c: T.buffer_store(buffer, value(c), [*place, first + c]))
                 return
-            local = alloc(buffer.name, [tiling.rows], buffer.dtype)
-            vector_loop("c", count, tiling.lanes, lambda c: T.buffer_store(local, value(c), [c]))
-            values[buffer] = lambda indices: tirx.BufferLoad(local, [indices[-1] - panel * tiling.rows])
+            copy = alloc(buffer.name, [tiling.rows], buffer.dtype)
+            vector_loop("c", count, tiling.lanes, lambda c: T.buffer_store(copy, value(c), [c]))
+            values[buffer] = lambda c: tirx.BufferLoad(copy, [c])
+
+        def evaluate(stage: Stage, known: dict[Buffer, Callable[[Expr], Expr]], c: Expr) -> Expr:
+            *rows, column = (l.var for l in stage.spatial)
+            places = {**dict(zip(rows, place, strict=True)), column: first + c}
+            # stages read each other at their own place only (`_follows`), so a load's indices do not matter
+            return rewrite(stage.value, places, {b: partial(_at_column, f, c) for b, f in known.items()})
 
         if m.product in m.outputs:
-            write(m.product, total)
-        values[m.product] = lambda indices: total(indices[-1] - panel * tiling.rows)
+            store(m.product, total)
         for stage in m.epilogue:
-            own = dict(zip((l.var for l in stage.spatial[:-1]), (at_row[l.var] for l in m.row_loops), strict=True))
-            value = rewrite(stage.value, own)
-            last = stage.spatial[-1].var
-            known = dict(values)
-            write(
-                stage.buffer,
-                lambda c, value=value, last=last, known=known: rewrite(value, {last: panel * tiling.rows + c}, known),
-            )
+            store(stage.buffer, partial(evaluate, stage, dict(values)))
 
     if not tail:
         columns(tiling.rows)
@@ -234,6 +224,10 @@ def emit_epilogue(m: PackedMatmul, tiling: Tiling, row: Expr, panel: Expr, total
                 columns(tiling.rows)
             with T.Else():
                 columns(tail)
+
+
+def _at_column(value: Callable[[Expr], Expr], c: Expr, indices: list[Expr]) -> Expr:
+    return value(c)
 
 
 class CpuMatmul(dlight.ScheduleRule):
@@ -255,15 +249,17 @@ class CpuMatmul(dlight.ScheduleRule):
         # Step 3. Groups of rows: pack, then tiles
         tiles = _ceil(m.rows, tiling.tile_rows)
         group_tiles = _ceil(GROUP_ROWS, tiling.tile_rows)
-        with IRBuilder() as builder, loop(T.serial, "group", _ceil(tiles, group_tiles)) as group:
-            first = T.bind(group * group_tiles)
-            count = T.bind(tirx.min(T.int64(group_tiles), tiles - first))
-            packed = alloc(
-                "x_packed", [tirx.min(T.int64(group_tiles), tiles), m.shape[1], tiling.tile_rows], "float32", "global"
-            )
-            _pack_rows(m, tiling, packed, first, count)
-            _multiply(m, tiling, packed, first, count)
-        return scheduled(func, builder.get())
+
+        def body() -> None:
+            with loop(T.serial, "group", _ceil(tiles, group_tiles)) as group:
+                first = bind("first_tile", group * group_tiles)
+                count = bind("tiles", tirx.min(T.int64(group_tiles), tiles - first))
+                shape = [tirx.min(T.int64(group_tiles), tiles), m.shape[1], tiling.tile_rows]
+                packed = alloc("x_packed", shape, "float32", "global")
+                _pack_rows(m, tiling, packed, first, count)
+                _multiply(m, tiling, packed, first, count)
+
+        return scheduled(func, body)
 
 
 def _ceil(a: Expr, b: int) -> Expr:
@@ -273,25 +269,25 @@ def _ceil(a: Expr, b: int) -> Expr:
 def _pack_rows(m: PackedMatmul, tiling: Tiling, packed: Buffer, first: Expr, count: Expr) -> None:
     """packed[t, k, r] := x[(first + t) * MR + r, k] for t in [0, count); the last row stands in for those past it."""
     with loop(T.parallel, "tile", count) as tile, loop(T.serial, "r", tiling.tile_rows) as r:
-        row = T.bind(tirx.min((first + tile) * tiling.tile_rows + r, m.rows - 1))
+        row = bind("row", tirx.min((first + tile) * tiling.tile_rows + r, m.rows - 1))
         vector_loop("k", m.shape[1], tiling.lanes, lambda k: T.buffer_store(packed, m.x_at(row, k), [tile, k, r]))
 
 
 def _multiply(m: PackedMatmul, tiling: Tiling, packed: Buffer, first: Expr, count: Expr) -> None:
     (n, k_extent), mr, nr = m.shape, tiling.tile_rows, tiling.rows
     panels = _ceil(n, nr)
-    blocks = T.bind(_ceil(count, tiling.block_tiles))
-    block_tiles = T.bind((count + blocks - 1) // blocks)  # even blocks: no thread is left with a short one
+    blocks = bind("blocks", _ceil(count, tiling.block_tiles))
+    block_tiles = bind("block_tiles", (count + blocks - 1) // blocks)  # even blocks: no thread is left with a short one
     with loop(T.parallel, "task", blocks * panels) as task:
-        panel = T.bind(task % panels)
-        start = T.bind(task // panels * block_tiles)
-        stop = T.bind(tirx.min(start + block_tiles, count))
+        panel = bind("panel", task % panels)
+        start = bind("start", task // panels * block_tiles)
+        stop = bind("stop", tirx.min(start + block_tiles, count))
         sums = alloc("sums", [tiling.block_tiles * mr, nr], "float32", "global")
         wide = m.weight.dtype != "float32"
         w = alloc("w_block", [tiling.k_block, nr], "float32", "global") if wide else m.weight
         with loop(T.serial, "k_outer", _ceil(k_extent, tiling.k_block)) as k_outer:
-            k_first = T.bind(k_outer * tiling.k_block)
-            k_count = T.bind(tirx.min(T.int64(tiling.k_block), k_extent - k_first))
+            k_first = bind("k_first", k_outer * tiling.k_block)
+            k_count = bind("k_count", tirx.min(T.int64(tiling.k_block), k_extent - k_first))
             if wide:
                 with loop(T.serial, "k", k_count) as k:
                     vector_loop(
@@ -306,7 +302,7 @@ def _multiply(m: PackedMatmul, tiling: Tiling, packed: Buffer, first: Expr, coun
                     lambda k, r: tirx.BufferLoad(packed, [start + tile, k_first + k, r]),
                     lambda k, c: tirx.BufferLoad(w, [k, c] if wide else [panel, k_first + k, c]),
                 )
-        row_first = T.bind((first + start) * mr)
+        row_first = bind("row_first", (first + start) * mr)
         with loop(T.serial, "row", tirx.min((stop - start) * mr, m.rows - row_first)) as row:
             emit_epilogue(m, tiling, row_first + row, panel, lambda c: tirx.BufferLoad(sums, [row, c]))
 

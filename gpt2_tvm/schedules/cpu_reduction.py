@@ -1,8 +1,8 @@
-"""LayerNorm, softmax and everything elementwise on a CPU, and the view of a fused function that all our CPU rules share.
+"""LayerNorm, softmax and everything elementwise on a CPU, and how all our CPU rules see a fused function.
 
-After FuseTIR a function is a list of *stages*: loop nests that each fill one buffer. `read_stages` gives that list, with
-the producers that need no reduction inlined into their readers; the rules then write new loops around the same
-expressions. `CpuReduction` puts all stages of one row (the last axis) together, so that a row is read while it is in L1:
+After FuseTIR a function is a list of *stages*: loop nests that each fill one buffer. `read_stages` gives that list,
+with the producers that need no reduction inlined into their readers; the rules then write new loops around the same
+expressions. `CpuReduction` puts all stages of one row (the last axis) together, so that a row is read while in L1:
 
     for row in parallel:                       # serial where there is too little to do
         sum, mean, variance: vector accumulators, folded once
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import tvm_ffi
@@ -26,9 +27,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target
 from tvm.target.codegen import llvm_get_vector_width
 
-from gpt2_tvm.kernels.math import vectorise_intrinsics
+from gpt2_tvm.kernels.math import Expr, loads, rewrite, static, uses, vectorise_intrinsics
 
-Expr = Any
 Buffer = Any
 
 # Waking TVM's thread pool costs 2 to 10 us; one core does about this many vectorised elements meanwhile.
@@ -77,49 +77,6 @@ def _is_zero(e: Expr) -> bool:
 
 def _is_one(e: Expr) -> bool:
     return isinstance(e, tirx.IntImm) and e.value == 1
-
-
-def static(e: Expr) -> int | None:
-    """The value of a constant integer expression, else None."""
-    return int(e) if isinstance(e, int | tirx.IntImm) else None
-
-
-def loads(e: Expr) -> list[ir.TensorLoad]:
-    """All buffer loads in an expression."""
-    found: list[ir.TensorLoad] = []
-    tvm_ffi.structural_walk(e, [(ir.TensorLoad, lambda load: found.append(load))])
-    return found
-
-
-def uses(e: Expr, var: ir.Var) -> bool:
-    """Whether an expression reads a variable."""
-    found: list[bool] = []
-    tvm_ffi.structural_walk(e, [(ir.Var, lambda v: found.append(True) if v.same_as(var) else None)])
-    return bool(found)
-
-
-def rewrite(
-    e: Expr, variables: Mapping[ir.Var, Expr], buffers: Mapping[Buffer, Callable[[list[Expr]], Expr]] | None = None
-) -> Expr:
-    """`e` with variables replaced, and loads of `buffers` by what their function makes of the (new) indices.
-
-    Variables bound by Let are renewed: an expression may be written into several loops, and TIR wants one definition
-    of a variable.
-    """
-    buffers = buffers or {}
-
-    def on_load(load: ir.TensorLoad) -> Expr:
-        return buffers[load.source](list(load.indices)) if load.source in buffers else load
-
-    def on_let(let: tirx.Let) -> Expr:
-        fresh = tirx.Var(let.var.name, let.var.ty)
-        return tirx.Let(fresh, let.value, tvm_ffi.structural_map(let.body, [(ir.Var, _swap({let.var: fresh}))]))
-
-    return tvm_ffi.structural_map(e, [(ir.TensorLoad, on_load), (tirx.Let, on_let), (ir.Var, _swap(variables))])
-
-
-def _swap(variables: Mapping[ir.Var, Expr]) -> Callable[[ir.Var], Expr]:
-    return lambda var: variables.get(var, var)
 
 
 def read_stages(func: tirx.PrimFunc) -> list[Stage] | None:
@@ -202,6 +159,11 @@ def loop(kind: Callable[..., Any], name: str, extent: Expr) -> Iterator[ir.Var]:
         yield IRBuilder.name(name, var)
 
 
+def bind(name: str, value: Expr) -> Expr:
+    """A variable that holds `value` in the statements that follow."""
+    return IRBuilder.name(name, T.bind(value))
+
+
 def alloc(name: str, shape: Sequence[Expr], dtype: str, scope: str = "local") -> Buffer:
     """A buffer of the surrounding loop: on the stack (in registers, if small) for scope "local" up to 1 KiB, else from
     the runtime's pool, which keeps it for the next call."""
@@ -223,7 +185,7 @@ def vector_loop(name: str, extent: Expr, lanes: int, body: Callable[[Expr], None
 
 
 def simd_lanes(layout: Any, target: Target) -> int:
-    """Float32 lanes of a vector register: the layout's `simd_bits` where it names them, else what LLVM says of the target."""
+    """Float32 lanes of a vector register: from the layout's `simd_bits`, or else from what LLVM says of the target."""
     bits = layout_value(layout, "simd_bits") or llvm_get_vector_width(target)
     return max(4, int(bits) // 32)
 
@@ -241,9 +203,11 @@ def takes(func: Any, target: Target) -> bool:
     return not (func.attrs is not None and func.attrs.get("tirx.is_scheduled", False))
 
 
-def scheduled(func: tirx.PrimFunc, body: tirx.Stmt) -> s_tir.Schedule:
-    """A schedule of `func` with a new body, inside the root block that Relax's passes look for."""
-    root = s_tir.SBlock([], [], [], "root", body)
+def scheduled(func: tirx.PrimFunc, emit: Callable[[], None]) -> s_tir.Schedule:
+    """A schedule of `func` whose body is what `emit` writes, in the root block that Relax's passes look for."""
+    with IRBuilder() as builder, T.sblock("root"):
+        emit()
+    root = s_tir.SBlock([], [], [], "root", builder.get().block.body)
     return s_tir.Schedule(func.with_body(s_tir.SBlockRealize([], True, root)))
 
 
@@ -298,10 +262,11 @@ class CpuReduction(dlight.ScheduleRule):
                 _emit_row(stages, rows, row, lanes, outputs=func.params)
 
         # Step 3. All stages of a row in one loop over rows
-        with IRBuilder() as builder:
+        def body() -> None:
+            size = static(work)
             if static(count) == 1:
                 emit(T.serial)
-            elif (size := static(work)) is not None:
+            elif size is not None:
                 emit(T.parallel if size >= PARALLEL_ELEMENTS else T.serial)
             else:
                 with T.If(work >= PARALLEL_ELEMENTS):
@@ -309,7 +274,8 @@ class CpuReduction(dlight.ScheduleRule):
                         emit(T.parallel)
                     with T.Else():
                         emit(T.serial)
-        return scheduled(func, builder.get())
+
+        return scheduled(func, body)
 
 
 def _common_rows(stages: Sequence[Stage], outputs: Sequence[Buffer]) -> int | None:
@@ -327,7 +293,7 @@ def _common_rows(stages: Sequence[Stage], outputs: Sequence[Buffer]) -> int | No
             or len(stage.spatial) < rows
             or any(l.reduces for l in stage.loops[:rows])
             or not all(tvm_ffi.structural_equal(a.extent, b.extent) for a, b in extents)
-            or (stage.reduced and _combiner(stage) is None)
+            or (stage.reduced and not (_combiner(stage) and _streams(stage)))
             or not (stage.writes_its_loops() or (stage.buffer in outputs and len(stages) == 1))
         ):
             return None
@@ -342,6 +308,12 @@ def _common_rows(stages: Sequence[Stage], outputs: Sequence[Buffer]) -> int | No
 def _same_row(load: ir.TensorLoad, stage: Stage, rows: int) -> bool:
     pairs = zip(load.indices[:rows], stage.spatial[:rows], strict=True)
     return all(i.same_as(l.var) or (_is_zero(i) and _is_one(l.extent)) for i, l in pairs)
+
+
+def _streams(stage: Stage) -> bool:
+    """Whether a reduction reads memory forwards: its variable only ever moves the last index of a load."""
+    (axis,) = stage.reduced
+    return not any(uses(i, axis.var) for load in loads(stage.value) for i in load.indices[:-1])
 
 
 def _combiner(stage: Stage) -> tuple[Callable[[Expr, Expr], Expr], Expr] | None:
@@ -370,22 +342,21 @@ def _emit_row(stages: Sequence[Stage], rows: int, row: Expr, lanes: int, outputs
             place = [inner[0].var if keeps_axis else T.int64(0)]
             local[stage.buffer] = _local_load(buffer, rows if keeps_axis else None)
 
-        def store(value: Expr, at: Mapping[ir.Var, Expr], buffer: Buffer = buffer, place: list[Expr] = place) -> None:
-            T.buffer_store(buffer, value, [rewrite(i, at) for i in place])
-
         if stage.reduced:
             operation, term = _combiner(stage) or (None, None)
-            store(_emit_reduce(stage, operation, rewrite(term, variables, local), lanes), {})
-        elif inner:
-            value, var = rewrite(stage.value, variables, local), inner[0].var
-            vector_loop(
-                var.name,
-                inner[0].extent,
-                lanes,
-                lambda i, value=value, var=var, store=store: store(rewrite(value, {var: i}), {var: i}),
-            )
+            T.buffer_store(buffer, _emit_reduce(stage, operation, rewrite(term, variables, local), lanes), place)
+            continue
+        value = rewrite(stage.value, variables, local)
+        if inner:
+            write = partial(_store_at, buffer, value, place, inner[0].var)
+            vector_loop(inner[0].var.name, inner[0].extent, lanes, write)
         else:
-            store(rewrite(stage.value, variables, local), {})
+            T.buffer_store(buffer, value, place)
+
+
+def _store_at(buffer: Buffer, value: Expr, place: Sequence[Expr], var: ir.Var, i: Expr) -> None:
+    """buffer[place] := value, both with `var` at i."""
+    T.buffer_store(buffer, rewrite(value, {var: i}), [rewrite(p, {var: i}) for p in place])
 
 
 def _local_load(buffer: Buffer, axis: int | None) -> Callable[[list[Expr]], Expr]:
@@ -399,16 +370,19 @@ def _emit_reduce(stage: Stage, combine: Any, term: Expr, lanes: int) -> Expr:
     size = static(axis.extent)
     count = ACCUMULATORS if size is None or size >= ACCUMULATORS * lanes else 1
     width = count * lanes
-    partial = alloc(f"{stage.buffer.name}_partial", [width], stage.buffer.dtype)
+    sums = alloc(f"{stage.buffer.name}_partial", [width], stage.buffer.dtype)
 
     def step(slot: Expr, k: Expr) -> None:
-        T.buffer_store(partial, combine(tirx.BufferLoad(partial, [slot]), rewrite(term, {axis.var: k})), [slot])
+        T.buffer_store(sums, combine(tirx.BufferLoad(sums, [slot]), rewrite(term, {axis.var: k})), [slot])
 
     with loop(T.unroll, "u", count) as u, loop(T.vectorized, "lane", lanes) as l:
-        T.buffer_store(partial, stage.init, [u * lanes + l])
-    with loop(T.serial, axis.var.name, axis.extent // width) as o, loop(T.unroll, "u", count) as u:
-        with loop(T.vectorized, "lane", lanes) as l:
-            step(u * lanes + l, o * width + u * lanes + l)
+        T.buffer_store(sums, stage.init, [u * lanes + l])
+    with (
+        loop(T.serial, axis.var.name, axis.extent // width) as o,
+        loop(T.unroll, "u", count) as u,
+        loop(T.vectorized, "lane", lanes) as l,
+    ):
+        step(u * lanes + l, o * width + u * lanes + l)
     if size is None or size % width:
         done, rest = axis.extent // width * width, axis.extent % width
         with loop(T.serial, "rest", rest // lanes) as o, loop(T.vectorized, "lane", lanes) as l:
@@ -418,6 +392,6 @@ def _emit_reduce(stage: Stage, combine: Any, term: Expr, lanes: int) -> Expr:
     while width > 1:
         width //= 2
         with loop(T.vectorized, "lane", width) as l:
-            halves = [tirx.BufferLoad(partial, [l]), tirx.BufferLoad(partial, [l + width])]
-            T.buffer_store(partial, combine(*halves), [l])
-    return tirx.BufferLoad(partial, [T.int64(0)])
+            halves = [tirx.BufferLoad(sums, [l]), tirx.BufferLoad(sums, [l + width])]
+            T.buffer_store(sums, combine(*halves), [l])
+    return tirx.BufferLoad(sums, [T.int64(0)])

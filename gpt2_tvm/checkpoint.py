@@ -104,20 +104,14 @@ def resolve_model(model: str, seed: int = 0) -> ModelSource:
     if model in PRESETS:
         return _preset_from_hub(model, seed)
     if path.suffix in _PICKLES:
-        raise UserError(
-            f"{model} is a pickled checkpoint, which can run code when it is read; {_HOW_TO_CONVERT}"
-        )
+        raise UserError(f"{model} is a pickled checkpoint, which can run code when it is read; {_HOW_TO_CONVERT}")
     if path.is_file():
         raise UserError(f"{model} is a file; give the folder that holds it beside its config.json")
     if path.is_dir():
         raise UserError(f"the folder {model} has no config.json; give a checkpoint in Hugging Face layout")
     if not _HUB_ID.fullmatch(model):
-        raise UserError(
-            f"there is no folder {model!r}, and it is not a hub id; presets are {', '.join(PRESETS)}"
-        )
-    return _from_folder(
-        _download(model, f"{model!r} is no folder here and no preset"), name=model.split("/")[-1]
-    )
+        raise UserError(f"there is no folder {model!r}, and it is not a hub id; presets are {', '.join(PRESETS)}")
+    return _from_folder(_download(model, f"{model!r} is no folder here and no preset"), name=model.split("/")[-1])
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -147,9 +141,7 @@ def read_index(index: Path) -> dict[str, str]:
     """The `weight_map` of a `model.safetensors.index.json`: tensor name to the name of a file beside it."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        valid = all(
-            isinstance(k, str) and isinstance(v, str) and Path(v).name == v for k, v in weight_map.items()
-        )
+        valid = all(isinstance(k, str) and isinstance(v, str) and Path(v).name == v for k, v in weight_map.items())
     except OSError as error:
         raise UserError(f"cannot read {index}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -177,9 +169,7 @@ def _preset_from_hub(preset: str, seed: int) -> ModelSource:
 
 def _random_note(seed: int, reason: str | None = None) -> str:
     why = f" ({reason})" if reason else ""
-    return (
-        f"weights are random, of the true shape, seed {seed}{why}: speed is as with trained ones, text is not"
-    )
+    return f"weights are random, of the true shape, seed {seed}{why}: speed is as with trained ones, text is not"
 
 
 def _download(hub_id: str, otherwise: str) -> Path:

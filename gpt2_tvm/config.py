@@ -155,9 +155,7 @@ def _from_mapping(values: Mapping[str, Any], where: str) -> GPT2Config:
             " (convert the checkpoint, or choose a GPT-2)"
         )
     if values.get("add_cross_attention", False) is not False:
-        raise UserError(
-            f"{where} sets add_cross_attention; cross attention is not supported, only decoder-only GPT-2"
-        )
+        raise UserError(f"{where} sets add_cross_attention; cross attention is not supported, only decoder-only GPT-2")
     if values.get("quantization_config") is not None:
         raise UserError(
             f"{where} has a quantization_config; give the unquantised checkpoint and choose a scheme"
@@ -179,9 +177,7 @@ def _read_object(path: Path) -> Mapping[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"there is no {path}; give a folder in Hugging Face layout, which holds config.json"
-        ) from None
+        raise UserError(f"there is no {path}; give a folder in Hugging Face layout, which holds config.json") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
@@ -202,9 +198,7 @@ def _check_sizes(config: GPT2Config) -> None:
         if value <= 0:
             raise _wrong(name, value, "at least 1")
     if config.n_embd % config.n_head:
-        raise UserError(
-            f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}; correct one of the two"
-        )
+        raise UserError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}; correct one of the two")
     if config.head_dim > MAX_HEAD_DIM:
         raise UserError(
             f"head size {config.head_dim} (n_embd {config.n_embd} / n_head {config.n_head}) is not supported;"

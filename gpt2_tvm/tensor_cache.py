@@ -69,9 +69,7 @@ class TensorCacheWriter:
 
     def __enter__(self) -> TensorCacheWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / INDEX).unlink(
-            missing_ok=True
-        )  # an older index would describe shards that we overwrite
+        (self.folder / INDEX).unlink(missing_ok=True)  # an older index would describe shards that we overwrite
         return self
 
     def add(self, name: str, array: np.ndarray) -> None:
@@ -160,9 +158,7 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def load_tensors(
-    folder: str | Path, device: tvm.runtime.Device | None = None
-) -> dict[str, tvm.runtime.Tensor]:
+def load_tensors(folder: str | Path, device: tvm.runtime.Device | None = None) -> dict[str, tvm.runtime.Tensor]:
     """Load a tensor cache that this module wrote, or tvmjs with `encode_format="raw"`.
 
     Args:

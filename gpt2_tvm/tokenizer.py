@@ -95,9 +95,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(
-            f"there is no folder {folder}; give one with tokenizer.json, or vocab.json and merges.txt"
-        )
+        raise UserError(f"there is no folder {folder}; give one with tokenizer.json, or vocab.json and merges.txt")
     if (folder / "tokenizer.json").is_file():
         backend = _from_tokenizer_json(folder / "tokenizer.json")
     else:
@@ -114,9 +112,7 @@ def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     except Exception as error:  # the library raises plain Exception
         raise _damaged(path, error) from None
     if not isinstance(backend.decoder, decoders.ByteLevel):
-        raise UserError(
-            f"{path} is not a byte-level tokenizer, which GPT-2's is; use a checkpoint that has its own"
-        )
+        raise UserError(f"{path} is not a byte-level tokenizer, which GPT-2's is; use a checkpoint that has its own")
     backend.no_truncation()  # a file saved during training may still hold these two
     backend.no_padding()
     return backend
@@ -129,9 +125,7 @@ def _from_vocab_and_merges(folder: Path) -> tokenizers.Tokenizer:
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     for path in (vocab, merges):
         if not path.is_file():
-            raise UserError(
-                f"{path} is missing, and there is no tokenizer.json; copy the tokenizer's files there"
-            )
+            raise UserError(f"{path} is missing, and there is no tokenizer.json; copy the tokenizer's files there")
     try:
         backend = Backend(models.BPE.from_file(str(vocab), str(merges)))
     except Exception as error:  # as above; it does not say which of the two files is meant

@@ -237,9 +237,7 @@ def _bounds(array: np.ndarray) -> tuple[float, float]:
 
 def _check_finite(name: str, array: np.ndarray, file: Path) -> None:
     if not np.isfinite(_bounds(array)).all():
-        raise UserError(
-            f"{name} in {file} holds NaN or infinity; the checkpoint is damaged or its training diverged"
-        )
+        raise UserError(f"{name} in {file} holds NaN or infinity; the checkpoint is damaged or its training diverged")
 
 
 def _convert(name: str, array: np.ndarray, dtype: str | None) -> np.ndarray:
@@ -285,9 +283,7 @@ def write_hf_checkpoint(
             file.write(header)
             for name, array in iter_weights(weights, dtype) if isinstance(weights, ModelSource) else weights:
                 if name not in missing or array.shape != expected[name]:
-                    raise ValueError(
-                        f"{name} of shape {array.shape} does not fit the configuration, or came twice"
-                    )
+                    raise ValueError(f"{name} of shape {array.shape} does not fit the configuration, or came twice")
                 missing.remove(name)
                 file.seek(len(header) + offsets[name])
                 stored = _convert(name, array.T if name.endswith(_CONV1D) else array, dtype)
@@ -297,9 +293,7 @@ def write_hf_checkpoint(
         if missing:
             raise ValueError(f"weights are missing: {', '.join(sorted(missing))}")
         values = {**json.loads(config.to_json()), "dtype": dtype}
-        (folder / "config.json").write_text(
-            json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         part.replace(folder / "model.safetensors")
     finally:
         part.unlink(missing_ok=True)

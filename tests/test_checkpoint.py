@@ -48,9 +48,7 @@ def test_names_of_the_bundled_model() -> None:
         assert source.config.num_parameters() == 5_394_432 == sum(w.size for _, w in iter_weights(source))
 
 
-def test_a_preset_without_a_network_is_random_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_preset_without_a_network_is_random_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -62,9 +60,7 @@ def test_a_preset_without_a_network_is_random_and_says_so(
         resolve_model("somebody/some-gpt2")
 
 
-@pytest.mark.parametrize(
-    "endpoint", ["http://127.0.0.1:9", "http://192.0.2.1", "http://no-such-host.invalid"]
-)
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://192.0.2.1", "http://no-such-host.invalid"])
 def test_a_hub_out_of_reach_is_noticed_within_ten_seconds(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, endpoint: str
 ) -> None:
@@ -129,9 +125,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         entries = [{"type": "file", "path": name, "size": size, "oid": name} for name, size in sizes.items()]
         if path == f"/api/models/{self.repository}/revision/main":
             siblings = [{"rfilename": name} for name in files]
-            return self._send(
-                json.dumps({"id": self.repository, "sha": self.sha, "siblings": siblings}).encode()
-            )
+            return self._send(json.dumps({"id": self.repository, "sha": self.sha, "siblings": siblings}).encode())
         if path == f"/api/models/{self.repository}/tree/{self.sha}":
             return self._send(json.dumps(entries).encode())
         if path.startswith(f"/{self.repository}/resolve/"):

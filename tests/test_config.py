@@ -161,9 +161,7 @@ def test_missing_keys_are_all_named() -> None:
         GPT2Config.from_json({k: v for k, v in MINIMAL.items() if k not in ("n_head", "n_positions")})
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[1]", b"\xff\xfe{}", b"[" * 100_000], ids=lambda c: repr(c[:4])
-)
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe{}", b"[" * 100_000], ids=lambda c: repr(c[:4]))
 def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(content)

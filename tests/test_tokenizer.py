@@ -107,9 +107,7 @@ def test_a_character_that_never_ends(tokenizer: Tokenizer) -> None:
 
 
 def test_the_configuration_may_name_another_end_of_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    folder = shutil.copytree(
-        bundled_model(), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")
-    )
+    folder = shutil.copytree(bundled_model(), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     for eos in ("Ġthe", {"content": "Ġthe", "special": True}):
         (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
         assert load_tokenizer(folder).eos_id == tokenizer.encode(" the")[0]
@@ -145,9 +143,7 @@ def test_a_vocabulary_without_end_of_text_does_not_grow(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_is_missing_or_damaged_is_named(tmp_path: Path, file: str, content: str | None) -> None:
-    folder = shutil.copytree(
-        bundled_model(), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")
-    )
+    folder = shutil.copytree(bundled_model(), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     (folder / file).unlink(missing_ok=True)
     if content is not None:
         (folder / file).write_text(content)

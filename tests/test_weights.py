@@ -24,9 +24,7 @@ UNTIED = replace(CONFIG, tie_word_embeddings=False)
 Tensors = dict[str, np.ndarray]
 
 
-def checkpoint(
-    folder: Path, config: GPT2Config = CONFIG, edit: Callable[[Tensors], None] | None = None
-) -> ModelSource:
+def checkpoint(folder: Path, config: GPT2Config = CONFIG, edit: Callable[[Tensors], None] | None = None) -> ModelSource:
     """A checkpoint with random weights; `edit` may change its tensors (Hugging Face's names and layout)."""
     write_hf_checkpoint(folder, CONFIG, random_model(CONFIG, seed=3))
     if edit is not None:
@@ -85,9 +83,7 @@ def test_transformers_loads_what_is_written(tmp_path: Path, config: GPT2Config) 
 @pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
 @pytest.mark.parametrize("shard_size", ["1GB", "20KB"], ids=["whole", "sharded"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_what_transformers_writes_is_read(
-    tmp_path: Path, config: GPT2Config, shard_size: str, dtype: str
-) -> None:
+def test_what_transformers_writes_is_read(tmp_path: Path, config: GPT2Config, shard_size: str, dtype: str) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     write_hf_checkpoint(tmp_path / "a", config, random_model(config))
@@ -125,12 +121,8 @@ def test_masks_saved_by_old_versions_are_passed_over(tmp_path: Path) -> None:
     assert_same(weights(checkpoint(tmp_path, edit=edit)), weights(random_model(CONFIG, seed=3)))
 
 
-def test_a_tied_head_may_be_stored_as_well_or_instead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "gpt2_tvm.weights._COMPARED_AT_ONCE", 100
-    )  # 4 of 61 rows: the last part is a short one
+def test_a_tied_head_may_be_stored_as_well_or_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt2_tvm.weights._COMPARED_AT_ONCE", 100)  # 4 of 61 rows: the last part is a short one
 
     def both(tensors: Tensors) -> None:
         tensors["lm_head.weight"] = tensors["transformer.wte.weight"].copy()
@@ -277,9 +269,7 @@ def test_weights_that_do_not_fit_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="came twice"):
         write_hf_checkpoint(tmp_path, CONFIG, [*tensors.items(), next(iter(tensors.items()))])
     with pytest.raises(ValueError, match="does not fit"):
-        write_hf_checkpoint(
-            tmp_path, CONFIG, {**tensors, "transformer.ln_f.bias": np.zeros(3, np.float32)}.items()
-        )
+        write_hf_checkpoint(tmp_path, CONFIG, {**tensors, "transformer.ln_f.bias": np.zeros(3, np.float32)}.items())
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 

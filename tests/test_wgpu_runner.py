@@ -30,7 +30,9 @@ def make(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
         path = folder / f"{quantization}-{attention}"
         if path.exists():
             return path
-        return compile_model(str(tiny_model), "webgpu", quantization, path, attention=attention, batch_sizes=(1, 4))
+        return compile_model(
+            str(tiny_model), "webgpu", quantization, path, attention=attention, batch_sizes=(1, 4), verify_widths=(4,)
+        )
 
     return make
 
@@ -39,7 +41,9 @@ def make(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
 def reference(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """The same model on the CPU with no rules, which other tests compare with transformers."""
     path = tmp_path_factory.mktemp("cpu") / "tiny"
-    return Engine(compile_model(str(tiny_model), "cpu", output=path, rules="baseline", batch_sizes=(1, 4)))
+    return Engine(
+        compile_model(str(tiny_model), "cpu", output=path, rules="baseline", batch_sizes=(1, 4), verify_widths=(4,))
+    )
 
 
 def walk_through(ours: Engine, reference: Engine, share: float) -> None:
@@ -68,7 +72,12 @@ def walk_through(ours: Engine, reference: Engine, share: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quantization", "attention"), [("q0f32", "flash"), ("q0f32", "materialized"), ("q0f16", "flash")]
+    ("quantization", "attention"),
+    [
+        ("q0f32", "flash"),
+        pytest.param("q0f32", "materialized", marks=pytest.mark.heavy),
+        pytest.param("q0f16", "flash", marks=pytest.mark.heavy),
+    ],
 )
 def test_every_function_agrees_with_the_cpu(make: Make, reference: Engine, quantization: str, attention: str) -> None:
     ours = Engine(make(quantization, attention))

@@ -27,9 +27,7 @@ class Runner(Protocol):
         """A host copy of a tensor, after everything queued before it."""
         ...
 
-    def call(
-        self, function: str, inputs: Sequence[Handle | Sequence[Handle]], with_params: bool = True
-    ) -> Any:
+    def call(self, function: str, inputs: Sequence[Handle | Sequence[Handle]], with_params: bool = True) -> Any:
         """Call an exported function; a list among the inputs is a tuple argument. Parameters are added last."""
         ...
 

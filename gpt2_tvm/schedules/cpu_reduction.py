@@ -25,7 +25,7 @@ from tvm.s_tir import dlight
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.target import Target
-from tvm.target.codegen import llvm_get_vector_width
+from tvm.target.codegen import target_has_features
 
 from gpt2_tvm.kernels.math import Expr, loads, rewrite, static, uses, vectorise_intrinsics
 
@@ -34,6 +34,8 @@ Buffer = Any
 # Waking TVM's thread pool costs 2 to 10 us; one core does about this many vectorised elements meanwhile.
 PARALLEL_ELEMENTS = 131072
 ACCUMULATORS = 4
+VECTOR_BITS = {"avx512f": 512, "avx": 256}  # by LLVM's name of the feature; others have 128 (SSE, NEON)
+MIN_VECTOR_BITS = 128
 UNROLLED_VECTORS = 4  # loops of up to this many vectors are unrolled, so that what they share stays in registers
 
 
@@ -185,9 +187,11 @@ def vector_loop(name: str, extent: Expr, lanes: int, body: Callable[[Expr], None
 
 
 def simd_lanes(layout: Any, target: Target) -> int:
-    """Float32 lanes of a vector register: from the layout's `simd_bits`, or else from what LLVM says of the target."""
-    bits = layout_value(layout, "simd_bits") or llvm_get_vector_width(target)
-    return max(4, int(bits) // 32)
+    """Float32 lanes of a vector register: from the layout's `simd_bits`, or else from the target's CPU features."""
+    bits = layout_value(layout, "simd_bits")
+    # not TVM's llvm_get_vector_width: it says 512 for x86-64-v3, which has no AVX-512
+    found = (width for feature, width in VECTOR_BITS.items() if target_has_features(feature, target))
+    return (bits or next(found, MIN_VECTOR_BITS)) // 32
 
 
 def layout_value(layout: Any, name: str) -> int | None:

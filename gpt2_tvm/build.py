@@ -19,6 +19,7 @@ from gpt2_tvm.errors import UserError
 from gpt2_tvm.files import replacing_folder, require_room
 from gpt2_tvm.quantization import Scheme, get_scheme
 from gpt2_tvm.schedules.registry import rule_set
+from gpt2_tvm.toolchains import tensor_intrin
 from targets import DeviceTarget, load_target, specialise
 
 if TYPE_CHECKING:
@@ -105,12 +106,10 @@ def export_module(plan: Plan) -> tuple[Any, list[str]]:
     """The model as a Relax module, and the names of its parameters in the order of the packed tuple."""
     from gpt2_tvm.attention import AttentionKernels, CpuKernels, MaterializedAttention
     from gpt2_tvm.model import GPT2LMHeadModel, ModelOptions
-    from gpt2_tvm.toolchains.tensor_intrin import light_stack
 
     kernels: AttentionKernels
-    with (
-        light_stack()
-    ):  # TVMScript reads the source of every stack frame; ours are parsed in a tenth of the time without
+    # TVMScript reads the source of every stack frame; without, ours are parsed in a tenth of the time
+    with tensor_intrin.light_stack():
         if plan.target.kind == "cpu":
             kernels = CpuKernels(plan.target.limits.vector_bits or 128)
         else:
@@ -132,7 +131,7 @@ def lower_plan(plan: Plan, dump_ir: Path | None = None) -> tuple[Lowered, list[s
     from gpt2_tvm.pipeline import lower
 
     if plan.target.kind in ("cuda", "metal"):
-        toolchains.tensor_intrin.load(plan.target.kind)
+        tensor_intrin.load(plan.target.kind)
     mod, names = export_module(plan)
     batch = max(plan.batch_sizes)
     bounds = {

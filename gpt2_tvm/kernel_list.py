@@ -88,6 +88,7 @@ class _Program:
         self.tensors: list[dict[str, Any]] = []
         self.launches: list[dict[str, Any]] = []
         self.inputs: list[Any] = []
+        self.scratch: dict[int, tuple[int, set[Text]]] = {}  # by rank within a call: a storage, and what it must hold
         self._read_parameters(func)
         for block in func.body.blocks:
             for binding in block.bindings:
@@ -181,7 +182,7 @@ class _Program:
 
     def _launch(self, call: relax.Call) -> None:
         shapes = [_shape(argument.ty.shape) for argument in call.args]
-        scratch: dict[int, Ref] = {}
+        scratch: dict[int, Ref] = {}  # of this call
 
         def extent(of: Any) -> Text:
             return shapes[of.argument][of.axis]
@@ -194,8 +195,9 @@ class _Program:
                     continue
                 if buffer.index not in scratch:
                     shape = [buffer.elements(extent)]
-                    self._allocate(None, self._storage(_bytes(shape, buffer.dtype)), shape, buffer.dtype)
-                    scratch[buffer.index] = self.refs[None]
+                    storage = self._scratch(buffer.index, _bytes(shape, buffer.dtype))
+                    self.tensors.append({"shape": shape, "dtype": buffer.dtype, "storage": storage})
+                    scratch[buffer.index] = ["tensor", len(self.tensors) - 1]
                 buffers.append(scratch[buffer.index])
             self.launches.append(
                 {
@@ -205,6 +207,17 @@ class _Program:
                     "grid": [axis(extent) for axis in launch.grid],
                 }
             )
+
+    def _scratch(self, index: int, nbytes: Text) -> int:
+        """The storage of a call's scratch buffer: shared with the other calls, which run before or after it."""
+        if index not in self.scratch:
+            self.scratch[index] = self._storage(0), set()
+        storage, sizes = self.scratch[index]
+        if nbytes not in sizes:
+            sizes.add(nbytes)
+            known = self.storages[storage]
+            self.storages[storage] = nbytes if known == 0 else combine("max", known, nbytes)
+        return storage
 
     def _refuse(self, node: Any) -> RuntimeError:
         return RuntimeError(f"{self.name} does what a list of launches cannot say: {node}")

@@ -187,14 +187,12 @@ def test_gemv_of_any_width(k: int, n: int, epilogue: str) -> None:
 
 
 def test_gemv_with_more_rows_than_registers() -> None:
-    """Six-row tiles and eight rows, as with AVX2: groups of four over blocks of k, sums carried between them."""
-    func = packed_function((1, 8), 770, 97, "bias")
-    layout = {"rows": NR, "tile_rows": 6, "simd_bits": CPU.limits.vector_bits, "l1_kib": 16}
-    scheduled = schedule(func, CpuGemv(layout))
-    assert "k_outer" in str(scheduled)
-    x, weight, bias = (np.random.default_rng(0).standard_normal(s).astype("float32") for s in ((8, 770), (97, 770), 97))
+    """Six-row tiles and seven rows, as with AVX2: two groups of four, the last row twice."""
+    scheduled = schedule(packed_function((1, 7), 770, 97, "bias"), CpuGemv({"tile_rows": 6}))
+    assert [int(f.extent) for f in loops(scheduled, tirx.ForKind.SERIAL) if f.loop_var.name == "group"] == [2]
+    x, weight, bias = (np.random.default_rng(0).standard_normal(s).astype("float32") for s in ((7, 770), (97, 770), 97))
     library = tvm.compile(tvm.IRModule({"main": scheduled}), target=CPU.tvm_target())
-    actual = run(library["main"], x[None], pack(weight, NR), bias, out=((1, 8, 97), "float32"))
+    actual = run(library["main"], x[None], pack(weight, NR), bias, out=((1, 7, 97), "float32"))
     expected = x.astype(np.float64) @ weight.T + bias
     assert np.abs(actual[0] - expected).max() < 3e-6 * np.abs(expected).max()
 
@@ -337,8 +335,8 @@ MULTIPLY_ADD = {
     "arm64": r"fmla\s+v\d+\.4s",
 }
 SPILL = {
-    "x86-64-v4": r"\(%r[sb]p.*zmm|zmm.*\(%r[sb]p",
-    "x86-64-v3": r"\(%r[sb]p.*ymm|ymm.*\(%r[sb]p",
+    "x86-64-v4": r"\(%rsp.*zmm|zmm.*\(%rsp",
+    "x86-64-v3": r"\(%rsp.*ymm|ymm.*\(%rsp",
     "arm64": r"(ld|st)[rp]\s+q.*\[sp",
 }
 

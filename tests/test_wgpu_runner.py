@@ -25,13 +25,20 @@ def make(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """The tiny model for webgpu, in any quantization and attention; skips where the machine has no WebGPU device."""
     folder = tmp_path_factory.mktemp("webgpu")
 
-    def make(quantization: str = "q0f32", attention: str = "flash") -> Path:
+    def make(quantization: str = "q0f32", attention: str = "flash", rules: str = "full") -> Path:
         device(f16=quantization == "q0f16")
-        path = folder / f"{quantization}-{attention}"
+        path = folder / f"{quantization}-{attention}-{rules}"
         if path.exists():
             return path
         return compile_model(
-            str(tiny_model), "webgpu", quantization, path, attention=attention, batch_sizes=(1, 4), verify_widths=(4,)
+            str(tiny_model),
+            "webgpu",
+            quantization,
+            path,
+            rules,
+            attention=attention,
+            batch_sizes=(1, 4),
+            verify_widths=(4,),
         )
 
     return make
@@ -72,15 +79,18 @@ def walk_through(ours: Engine, reference: Engine, share: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quantization", "attention"),
+    ("quantization", "attention", "rules"),
     [
-        ("q0f32", "flash"),
-        pytest.param("q0f32", "materialized", marks=pytest.mark.heavy),
-        pytest.param("q0f16", "flash", marks=pytest.mark.heavy),
+        ("q0f32", "flash", "full"),
+        pytest.param("q0f32", "materialized", "full", marks=pytest.mark.heavy),
+        pytest.param("q0f16", "flash", "full", marks=pytest.mark.heavy),
+        pytest.param("q0f32", "flash", "baseline", marks=pytest.mark.heavy),  # several kernels a function
     ],
 )
-def test_every_function_agrees_with_the_cpu(make: Make, reference: Engine, quantization: str, attention: str) -> None:
-    ours = Engine(make(quantization, attention))
+def test_every_function_agrees_with_the_cpu(
+    make: Make, reference: Engine, quantization: str, attention: str, rules: str
+) -> None:
+    ours = Engine(make(quantization, attention, rules))
     walk_through(ours, reference, FLOAT16 if quantization == "q0f16" else FLOAT32)
 
 

@@ -9,15 +9,14 @@ nothing may make the loads wait:
         for k: acc[k % u, r, :] += x[r, k] * w[k, :]
         fold acc, epilogue row by row
 
-Where rows * NR sums do not fit the registers (8 rows with AVX2), rows go in groups over blocks of k that stay in L1:
-memory still gives the weight once.
+Where rows * NR sums do not fit the registers (8 rows with AVX2), rows go in groups, and the later ones find the panel
+(at most a few hundred KiB) in L2: memory still gives the weight once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 from tvm import ir, s_tir, tirx
@@ -64,14 +63,17 @@ class CpuGemv(dlight.ScheduleRule):
         panels = -(-n // tiling.rows)
         kind = T.parallel if panels > 1 and rows * panels * tiling.rows * k >= PARALLEL_WORK else T.serial
 
-        # Step 3. One pass over the panels
+        # Step 3. One pass over the panels, each for rows in equal groups that fit the registers
+        group_rows = -(-rows // -(-rows // tiling.tile_rows))
+
         def body() -> None:
             x = _float32_rows(m, rows, tiling.lanes)
-            with loop(kind, "panel", panels) as panel:
-                sums = alloc("sums", [rows, tiling.rows], "float32")
-                _product(m, tiling, rows, panel, x, sums)
-                with loop(T.serial, "row", rows) as row:
-                    emit_epilogue(m, tiling, row, panel, lambda c: tirx.BufferLoad(sums, [row, c]))
+            with loop(kind, "panel", panels) as panel, loop(T.serial, "group", -(-rows // group_rows)) as group:
+                first = bind("first_row", group * group_rows)
+                # the last row stands in for those that a short last group lacks
+                sums = _product(m, tiling, panel, group_rows, lambda r, k: x(tirx.min(first + r, T.int64(rows - 1)), k))
+                with loop(T.serial, "row", tirx.min(T.int64(group_rows), rows - first)) as row:
+                    emit_epilogue(m, tiling, first + row, panel, lambda c: tirx.BufferLoad(sums, [row, c]))
 
         return scheduled(func, body)
 
@@ -86,75 +88,37 @@ def _float32_rows(m: PackedMatmul, rows: int, lanes: int) -> Callable[[Expr, Exp
     return lambda row, k: tirx.BufferLoad(copy, [row, k])
 
 
-def _product(
-    m: PackedMatmul, tiling: Tiling, rows: int, panel: Expr, x: Callable[[Expr, Expr], Expr], sums: Buffer
-) -> None:
-    """sums[r, c] := x[r, :] . weight[panel * NR + c, :], in groups of rows that fit the registers."""
-    k = m.shape[1]
-    groups = -(-rows // tiling.tile_rows)
-    if groups == 1:
-        _accumulate(m, tiling, panel, x, sums, (0, rows), T.int64(0), k, None)
-        return
-    bounds = [rows * g // groups for g in range(groups + 1)]
-    with loop(T.serial, "k_outer", -(-k // tiling.k_block)) as k_outer:
-        first = bind("k_first", k_outer * tiling.k_block)
-        count = bind("k_count", tirx.min(T.int64(tiling.k_block), k - first))
-        for group in pairwise(bounds):
-            _accumulate(m, tiling, panel, x, sums, group, first, count, k_outer == 0)
-
-
-def _accumulate(
-    m: PackedMatmul,
-    tiling: Tiling,
-    panel: Expr,
-    x: Callable[[Expr, Expr], Expr],
-    sums: Buffer,
-    group: tuple[int, int],
-    k_first: Expr,
-    k_count: Expr | int,
-    is_first: Expr | None,
-) -> None:
-    """Rows group[0] to group[1] - 1 over k_first, …, k_first + k_count - 1; without `is_first` sums start at zero."""
-    start, rows, lanes = group[0], group[1] - group[0], tiling.lanes
+def _product(m: PackedMatmul, tiling: Tiling, panel: Expr, rows: int, x: Callable[[Expr, Expr], Expr]) -> Buffer:
+    """A buffer [rows, NR] with the sum over k of x(r, k) * W[panel, k, c] at (r, c)."""
+    k_extent, lanes = m.shape[1], tiling.lanes
     columns = tiling.rows // lanes
-    unroll = max(1, INDEPENDENT_SUMS // (rows * columns)) if static(k_count) else 1
+    unroll = max(1, INDEPENDENT_SUMS // (rows * columns))
+    sums = alloc("sums", [rows, tiling.rows], "float32")
     acc = [alloc(f"acc{v}", [unroll * rows, lanes], "float32") for v in range(columns)]
 
     def each(slots: int, body: Callable[[Buffer, Expr, Expr, Expr], None]) -> None:
-        for v, column in enumerate(acc):
-            with loop(T.unroll, "slot", slots) as slot, loop(T.vectorized, "lane", lanes) as lane:
-                body(column, slot, lane, v * lanes + lane)
-
-    def zero(a: Buffer, slot: Expr, lane: Expr, c: Expr) -> None:
-        T.buffer_store(a, T.float32(0), [slot, lane])
-
-    def resume(a: Buffer, slot: Expr, lane: Expr, c: Expr) -> None:
-        T.buffer_store(a, tirx.BufferLoad(sums, [start + slot, c]), [slot, lane])
+        with loop(T.unroll, "slot", slots) as slot:
+            for v, column in enumerate(acc):
+                with loop(T.vectorized, "lane", lanes) as lane:
+                    body(column, slot, lane, v * lanes + lane)
 
     def multiply(u: int, k: Expr) -> Callable[[Buffer, Expr, Expr, Expr], None]:
         def body(a: Buffer, r: Expr, lane: Expr, c: Expr) -> None:
             place = [u * rows + r, lane]
-            T.buffer_store(a, tirx.BufferLoad(a, place) + x(start + r, k) * m.weight_at(panel, k, c), place)
+            T.buffer_store(a, tirx.BufferLoad(a, place) + x(r, k) * m.weight_at(panel, k, c), place)
 
         return body
 
-    if is_first is None:
-        each(unroll * rows, zero)
-    else:
-        with T.If(is_first):
-            with T.Then():
-                each(rows, zero)
-            with T.Else():
-                each(rows, resume)
-    with loop(T.serial, "k", k_count // unroll) as k:
+    each(unroll * rows, lambda a, slot, lane, c: T.buffer_store(a, T.float32(0), [slot, lane]))
+    with loop(T.serial, "k", k_extent // unroll) as k:
         for u in range(unroll):
-            each(rows, multiply(u, k_first + k * unroll + u))
-    if unroll > 1 and int(k_count) % unroll:
-        with loop(T.serial, "k_tail", int(k_count) % unroll) as k:
-            each(rows, multiply(0, k_first + int(k_count) // unroll * unroll + k))
+            each(rows, multiply(u, k * unroll + u))
+    for k_tail in range(k_extent // unroll * unroll, k_extent):
+        each(rows, multiply(0, T.int64(k_tail)))
     for u in range(1, unroll):
         each(rows, partial(_fold, u * rows))
-    each(rows, lambda a, r, lane, c: T.buffer_store(sums, tirx.BufferLoad(a, [r, lane]), [start + r, c]))
+    each(rows, lambda a, r, lane, c: T.buffer_store(sums, tirx.BufferLoad(a, [r, lane]), [r, c]))
+    return sums
 
 
 def _fold(offset: int, acc: Buffer, r: Expr, lane: Expr, _: Expr) -> None:

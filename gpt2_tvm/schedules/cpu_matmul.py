@@ -320,9 +320,11 @@ def _micro_kernel(
     acc = [alloc(f"acc{v}", [tiling.tile_rows, tiling.lanes], "float32") for v in range(tiling.rows // tiling.lanes)]
 
     def each(body: Callable[[Buffer, Expr, Expr, Expr], None]) -> None:
-        for v, column in enumerate(acc):
-            with loop(T.unroll, "r", tiling.tile_rows) as r, loop(T.vectorized, "lane", tiling.lanes) as lane:
-                body(column, r, lane, v * tiling.lanes + lane)
+        # row by row: a broadcast element of x is done with before the next one needs a register
+        with loop(T.unroll, "r", tiling.tile_rows) as r:
+            for v, column in enumerate(acc):
+                with loop(T.vectorized, "lane", tiling.lanes) as lane:
+                    body(column, r, lane, v * tiling.lanes + lane)
 
     with T.If(is_first):
         with T.Then():

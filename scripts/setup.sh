@@ -24,7 +24,7 @@ find_python() {
 
 has_compiler() {
     if [ "$(uname)" = Darwin ]; then xcode-select -p >/dev/null 2>&1; return; fi  # /usr/bin/c++ is a stub without the tools
-    for candidate in ${CXX:-} c++ g++ clang++; do
+    for candidate in ${CXX:-} c++ g++ clang++ cc gcc clang; do  # to link with: a C driver is enough
         if command -v "$candidate" >/dev/null 2>&1; then return 0; fi
     done
     return 1
@@ -65,9 +65,9 @@ for done in .venv/.ready-test ".venv/.ready-$1"; do
     if [ -f "$done" ] && [ "$(cat "$done")" = "$state" ]; then exit 0; fi
 done
 if [ "$1" = test ]; then
-    say "installing gpt2-tvm, transformers as the reference, compilers for the targets and the checkers into .venv"
+    say "installing gpt2-tvm, transformers as the reference, compilers for the targets and checkers into .venv (about 3 GB, once)"
 else
-    say "installing gpt2-tvm and what it needs into .venv (about 300 MB, once)"
+    say "installing gpt2-tvm and what it needs into .venv (about 600 MB, once)"
 fi
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".$extras"
 echo "$state" > ".venv/.ready-$1"

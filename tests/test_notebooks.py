@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import run_notebooks
 
 nbformat = pytest.importorskip("nbformat", reason="needs pip install 'gpt2-tvm[test]'")

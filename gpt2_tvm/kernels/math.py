@@ -122,12 +122,10 @@ def erf(x: Expr) -> Expr:
     def near_zero(x: Expr) -> Expr:
         return _let(x * x, lambda s: _horner(ERF_SMALL, s) * x + x, "s")
 
-    def tail(magnitude: Expr) -> Expr:
-        bounded = tirx.Select(magnitude > _const(ERF_MAX), _const(ERF_MAX), magnitude)
-        return _let(bounded, lambda m: _const(1.0) - exp(_horner(ERF_LARGE, m)), "m")
-
     def body(x: Expr) -> Expr:
-        return tirx.Select(tirx.abs(x) < _const(ERF_SPLIT), near_zero(x), _with_sign_of(x, tail(tirx.abs(x))))
+        magnitude = tirx.Select(tirx.abs(x) > _const(ERF_MAX), _const(ERF_MAX), tirx.abs(x))
+        tail = _const(1.0) - exp(_horner(ERF_LARGE, magnitude))
+        return tirx.Select(tirx.abs(x) < _const(ERF_SPLIT), near_zero(x), _with_sign_of(x, tail))
 
     return _let(_float32(x), body, "x")
 
@@ -138,7 +136,8 @@ def sigmoid(x: Expr) -> Expr:
 
 
 def _with_sign_of(x: Expr, magnitude: Expr) -> Expr:
-    return _let(magnitude, lambda m: tirx.Select(x < _const(0.0), -m, m), "m")
+    # no Let around `magnitude`, which holds some: TVM's passes visit a Let's value twice, and so on inwards
+    return tirx.Select(x < _const(0.0), _const(-1.0), _const(1.0)) * magnitude
 
 
 def activation(name: str, x: Expr, fast: bool) -> Expr:

@@ -68,17 +68,9 @@ class Stage:
         """Whether the indices are the spatial loop variables, each once and in order."""
         loops = self.spatial
         return len(self.indices) == len(loops) and all(
-            i.same_as(loop.var) or (_is_zero(i) and _is_one(loop.extent))
+            i.same_as(loop.var) or (static(i) == 0 and static(loop.extent) == 1)
             for i, loop in zip(self.indices, loops, strict=True)
         )
-
-
-def _is_zero(e: Expr) -> bool:
-    return isinstance(e, tirx.IntImm) and e.value == 0
-
-
-def _is_one(e: Expr) -> bool:
-    return isinstance(e, tirx.IntImm) and e.value == 1
 
 
 def read_stages(func: tirx.PrimFunc) -> list[Stage] | None:
@@ -102,19 +94,19 @@ def read_stages(func: tirx.PrimFunc) -> list[Stage] | None:
 def _read_stage(nest: tirx.Stmt) -> Stage | None:
     loops: dict[ir.Var, Expr] = {}
     while isinstance(nest, tirx.For):
-        if nest.kind != tirx.ForKind.SERIAL or not _is_zero(nest.min):
+        if nest.kind != tirx.ForKind.SERIAL or static(nest.min) != 0:
             return None
         loops[nest.loop_var] = nest.extent
         nest = nest.body
-    if not isinstance(nest, s_tir.SBlockRealize) or not _is_one(nest.predicate):
+    if not isinstance(nest, s_tir.SBlockRealize) or static(nest.predicate) != 1:
         return None
     block = nest.block
     if block.alloc_buffers or block.match_buffers or not isinstance(block.body, tirx.BufferStore):
         return None
     values = {i.var: value for i, value in zip(block.iter_vars, nest.iter_values, strict=True)}
-    reduce_vars = {
-        v for i, v in zip(block.iter_vars, nest.iter_values, strict=True) if i.iter_type == tirx.IterVar.CommReduce
-    }
+    reduce_vars = {values[i.var] for i in block.iter_vars if i.iter_type == tirx.IterVar.CommReduce}
+    if any(v not in loops and static(v) is None for v in values.values()):
+        return None  # an axis made of several loops
     if block.init is not None and not isinstance(block.init, tirx.BufferStore):
         return None
     store = block.body
@@ -221,9 +213,9 @@ def row_indices(row: Expr, loops: Sequence[Loop]) -> dict[ir.Var, Expr]:
     for nested in reversed(loops):
         outermost = nested is loops[0]
         values[nested.var] = (
-            tirx.const(0, nested.var.ty) if _is_one(nested.extent) else row if outermost else row % nested.extent
+            tirx.const(0, nested.var.ty) if static(nested.extent) == 1 else row if outermost else row % nested.extent
         )
-        row = row if _is_one(nested.extent) else row // nested.extent
+        row = row if static(nested.extent) == 1 else row // nested.extent
     return values
 
 
@@ -311,7 +303,7 @@ def _common_rows(stages: Sequence[Stage], outputs: Sequence[Buffer]) -> int | No
 
 def _same_row(load: ir.TensorLoad, stage: Stage, rows: int) -> bool:
     pairs = zip(load.indices[:rows], stage.spatial[:rows], strict=True)
-    return all(i.same_as(l.var) or (_is_zero(i) and _is_one(l.extent)) for i, l in pairs)
+    return all(i.same_as(l.var) or (static(i) == 0 and static(l.extent) == 1) for i, l in pairs)
 
 
 def _streams(stage: Stage) -> bool:

@@ -23,7 +23,7 @@ NEEDS = {
     "cuda": "an NVIDIA GPU ({archs}, or a later one) with a driver for CUDA 13; no compiler",
     "metal": "a Mac with Apple silicon and apache-tvm's wheel there, whose runtime has Metal",
     "rocm": "an AMD GPU ({arch}) and a TVM built with USE_ROCM: apache-tvm's wheel has no ROCm runtime",
-    "webgpu": "a browser with WebGPU, or Python with wgpu (pip install 'gpt2-tvm[webgpu]')",
+    "webgpu": "Python with wgpu (pip install 'gpt2-tvm[webgpu]') and a GPU or a software Vulkan device",
 }
 TOLD = (  # what the summary takes from the manifest as it is
     *("model", "random_weights", "seed", "quantization", "rules", "attention", "batch_sizes", "verify_widths"),

@@ -142,7 +142,7 @@ def _check_packable(artifact: Artifact) -> None:
     if artifact.kind == "webgpu":
         raise UserError(
             f"{artifact.path} is for webgpu, which does not run on TVM's runtime; "
-            "copy the folder to a machine with gpt2-tvm[webgpu], or use it from a browser"
+            "copy the folder to a machine with gpt2-tvm[webgpu]"
         )
     if artifact.library.suffix == ".tar":
         raise UserError(

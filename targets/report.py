@@ -75,7 +75,7 @@ def _rocm(target: DeviceTarget) -> tuple[str | None, str]:
 
 def _webgpu(target: DeviceTarget) -> tuple[str | None, str]:
     if importlib.util.find_spec("wgpu") is None:
-        return "to run: pip install 'gpt2-tvm[webgpu]', or a browser", ""
+        return "to run: pip install 'gpt2-tvm[webgpu]'", ""
     adapters = _wgpu_adapters()
     if not adapters:
         return "wgpu finds no adapter (on Linux without a GPU: apt install mesa-vulkan-drivers)", ""

@@ -220,5 +220,5 @@ def test_what_an_artifact_needs_is_said(tiny_artifact: Path, kind: str) -> None:
 
     target = load_target(kind).to_json()
     text = needs({**read_manifest(tiny_artifact), "target": target, "library": "lib.tar"})
-    assert {"cuda": "NVIDIA", "metal": "Apple", "rocm": "USE_ROCM", "webgpu": "browser"}[kind] in text
+    assert {"cuda": "NVIDIA", "metal": "Apple", "rocm": "USE_ROCM", "webgpu": "wgpu"}[kind] in text
     assert "C++ compiler" in text

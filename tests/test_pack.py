@@ -152,7 +152,7 @@ def test_the_same_artifact_gives_the_same_bytes(tiny_artifact: Path, tmp_path: P
         assert not [name for name in tar.getnames() if "tokenizers" in name]  # the model has none
 
 
-@pytest.mark.parametrize(("kind", "reason"), [("rocm", "no ROCm runtime"), ("webgpu", "browser")])
+@pytest.mark.parametrize(("kind", "reason"), [("rocm", "no ROCm runtime"), ("webgpu", "webgpu]")])
 def test_what_the_runtime_cannot_run_is_refused(tiny_artifact: Path, tmp_path: Path, kind: str, reason: str) -> None:
     target = {**read_manifest(tiny_artifact)["target"], "kind": kind}
     with pytest.raises(UserError, match=reason):

@@ -210,6 +210,18 @@ def test_a_prologue_is_evaluated_while_packing() -> None:
     np.testing.assert_allclose(actual, 2 * given.astype(np.float64) @ weight.T, atol=1e-4)
 
 
+def test_another_layout_gives_the_same_numbers() -> None:
+    """AVX2's panels and tiles, 16 and 6, on whatever CPU this is."""
+    layout = {"tile_rows": 6, "simd_bits": 256, "l1_kib": 8, "l2_kib": 64}
+    x, weight = (np.random.default_rng(0).standard_normal(s).astype("float32") for s in ((8, 770), (97, 770)))
+    expected = x.astype(np.float64) @ weight.T
+    for shape, rule in ((("b", "n"), CpuMatmul(layout)), ((1, 8), CpuGemv(layout))):
+        func = schedule(packed_function(shape, 770, 97, "none", "float32", 16), rule)
+        library = tvm.compile(tvm.IRModule({"main": func}), target=CPU.tvm_target())
+        actual = run(library["main"], x[None], pack(weight, 16), out=((1, 8, 97), "float32"))
+        assert np.abs(actual[0] - expected).max() < 3e-6 * np.abs(expected).max()
+
+
 class Softmax(nn.Module):
     def forward(self, x: nn.Tensor) -> nn.Tensor:
         return op.softmax(x, axis=-1)
@@ -275,9 +287,18 @@ def test_gemv_reads_the_weight_once_in_one_parallel_loop() -> None:
         packed_function((1, 4), 768, 768, "bias", "float32", 32), CpuGemv({"tile_rows": 8, "simd_bits": 512})
     )
     assert func is not None
-    assert extents(loops(func, tirx.ForKind.PARALLEL)) == {24}
+    assert extents(loops(func, tirx.ForKind.PARALLEL)) == {12}  # 24 panels, two side by side
     (k,) = [f for f in loops(func, tirx.ForKind.SERIAL) if f.loop_var.name == "k"]
-    assert int(k.extent) == 768 and str(k).count("weight[") == 2  # each of two registers once in a row's step
+    assert int(k.extent) == 768 and str(k).count("weight[") == 4  # two registers of two panels, for all rows together
+
+
+@pytest.mark.parametrize(("rows", "n", "streams"), [(1, 768, 2), (1, 3072, 4), (2, 3072, 4), (8, 3072, 1), (1, 97, 1)])
+def test_gemv_reads_panels_side_by_side_where_registers_and_threads_allow(rows: int, n: int, streams: int) -> None:
+    func = schedule(
+        packed_function((1, rows), 768, n, "bias", "float32", 32), CpuGemv({"tile_rows": 8, "simd_bits": 512})
+    )
+    (k,) = [f for f in loops(func, tirx.ForKind.SERIAL) if f.loop_var.name == "k"]
+    assert len(set(re.findall(r"weight\[(\w+)", str(k)))) == streams
 
 
 def test_small_work_stays_on_one_thread() -> None:

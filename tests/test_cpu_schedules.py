@@ -330,7 +330,11 @@ def test_rules_decline_what_is_not_theirs() -> None:
     many, few = packed_function(("b", "n"), 770, 97, "bias"), packed_function((1, 8), 770, 97)
     norm = fuse(LayerNorm(96, 1e-5, "float32"), x=(("b", "n", 96), "float32"))
     plain = fuse(Transposed(), x=(("n", 64), "float32"), y=((64, 96), "float32"))
-    rules = {"matmul": CpuMatmul(CPU.layout), "gemv": CpuGemv(CPU.layout), "reduction": CpuReduction(CPU.layout)}
+    rules: dict[str, Any] = {
+        "matmul": CpuMatmul(CPU.layout),
+        "gemv": CpuGemv(CPU.layout),
+        "reduction": CpuReduction(CPU.layout),
+    }
     taken = {
         name: [rule for rule, r in rules.items() if r.apply(func, CPU.tvm_target(), False) is not None]
         for name, func in {"many": many, "few": few, "norm": norm, "plain": plain}.items()

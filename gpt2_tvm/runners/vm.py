@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,9 @@ def _device(artifact: Artifact, wanted: str | None) -> Any:
         )
     if kind == "cpu":
         _check_cpu(artifact)
+        # TVM takes half the logical processors on x86, which halves a machine without hyper-threads. Read once, when
+        # the pool starts; a number that the user has set stands.
+        os.environ.setdefault("TVM_NUM_THREADS", str(physical_cores()))
         return tvm.cpu(0)
     if kind == "cuda":
         from gpt2_tvm.toolchains import cuda_runtime
@@ -101,6 +105,17 @@ def _check_cpu(artifact: Artifact) -> None:
             f"{artifact.path} needs a CPU with {', '.join(lacking)}, which this one lacks; "
             "compile it here with --target cpu"
         )
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may use: a second hyper-thread adds nothing to loops that keep its core's units
+    busy."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        import psutil
+    except ImportError:  # a packed bundle brings numpy alone
+        return allowed
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
 def processor_name() -> str:

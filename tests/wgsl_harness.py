@@ -20,6 +20,7 @@ from tvm import tirx
 from tvm.tirx.build import split_host_device_mods
 
 from gpt2_tvm.errors import UserError
+from gpt2_tvm.host_code import host_launches
 from gpt2_tvm.runners.wgpu_device import Device, Shader, parse_wgsl
 
 WEBGPU = "webgpu"
@@ -144,6 +145,44 @@ def run(func: tirx.PrimFunc, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         for extent, size in zip(parameter.shape, array.shape, strict=True):
             wanted = sizes.setdefault(extent.name, size) if isinstance(extent, tirx.Var) else int(extent)
             assert wanted == size, f"{parameter.name} has shape {array.shape}"
+    if any(isinstance(e, tirx.Var) for p in func.params for e in p.shape) or _one_kernel(func):
+        return _run_one(func, names, arrays, sizes)
+    return _run_several(func, names, arrays)
+
+
+def _one_kernel(func: tirx.PrimFunc) -> bool:
+    """One loop nest over blocks at the top, so one kernel."""
+    return func in _lowered or len(list(lower(func, tvm.target.Target("webgpu"))[1].functions)) == 1
+
+
+def _run_several(func: tirx.PrimFunc, names: list[str], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """As `run`, for several kernels with buffers of their own between them, which start as NaN; static shapes."""
+    target = tvm.target.Target("webgpu", host="llvm")
+    _, kernels, device_target = lower(func, target)
+    shaders = parse_wgsl(tvm.get_global_func("target.build.webgpu")(kernels, device_target).inspect_source())
+    gpu = device(f16=any(shader.needs_f16 for shader in shaders.values()))
+    held: dict[Any, Any] = {i: gpu.upload(array, names[i]) for i, array in enumerate(arrays)}
+
+    def size(extent: Any) -> int:
+        return arrays[extent.argument].shape[extent.axis]
+
+    compute = []
+    for launch in host_launches({tvm.ir.GlobalVar("kernel"): func.with_attr("global_symbol", "kernel")}, target)[
+        "kernel"
+    ]:
+        for buffer in launch.buffers:
+            if not isinstance(buffer, int) and (scratch := ("scratch", buffer.index)) not in held:
+                held[scratch] = gpu.upload(np.full(int(buffer.elements(size)), np.nan, buffer.dtype))
+        bound = [held[b if isinstance(b, int) else ("scratch", b.index)] for b in launch.buffers]
+        scalars, grid = [int(s(size)) for s in launch.scalars], [int(axis(size)) for axis in launch.grid]
+        compute.append(gpu.launch(gpu.compile(shaders[launch.kernel]), bound, scalars, grid))
+    gpu.submit(compute)
+    return [gpu.read(held[i], array.shape, array.dtype) for i, array in enumerate(arrays)]
+
+
+def _run_one(
+    func: tirx.PrimFunc, names: list[str], arrays: Sequence[np.ndarray], sizes: dict[str, int]
+) -> list[np.ndarray]:
     lowered = lower_to_wgsl(func)
     gpu = device(f16=lowered.shader.needs_f16)
     kernel = gpu.compile(lowered.shader)

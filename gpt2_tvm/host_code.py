@@ -58,13 +58,21 @@ def host_launches(functions: dict[Any, tirx.PrimFunc], target: tvm.target.Target
     Raises RuntimeError for host code that is more than launches in a row (loops, library calls): nothing could
     replay it.
     """
+    return split_launches(functions, target)[0]
+
+
+def split_launches(
+    functions: dict[Any, tirx.PrimFunc], target: tvm.target.Target
+) -> tuple[dict[str, list[HostLaunch]], dict[Any, tvm.IRModule]]:
+    """`host_launches`, and the kernels ready for code generation: {target: module}."""
     if target.host is None:
         target = target.with_host("llvm")
     with target:
         module = tirx.transform.BindTarget(target)(tvm.IRModule(functions))
-        pipeline, _, _ = tirx.get_default_tir_pipeline(target)
-        host, _ = split_host_device_mods(pipeline(module))
-    return {var.name_hint: _Reader(var.name_hint, func).launches for var, func in host.functions_items()}
+        pipeline, _, finish_device = tirx.get_default_tir_pipeline(target)
+        host, devices = split_host_device_mods(pipeline(module))
+        kernels = {device: finish_device()(mod) for device, mod in devices.items()}
+    return {var.name_hint: _Reader(var.name_hint, func).launches for var, func in host.functions_items()}, kernels
 
 
 class _Reader:

@@ -12,6 +12,8 @@ from tvm import relax
 
 from gpt2_tvm.passes.apply_rules import apply_rules
 from gpt2_tvm.schedules.registry import Hit, make_rules
+from gpt2_tvm.schedules.tunable_gemv import TunableGemv
+from gpt2_tvm.schedules.tuned import RULE, Tuned
 
 if TYPE_CHECKING:
     from targets import DeviceTarget
@@ -75,9 +77,11 @@ def lower(
     rules: tuple[str, ...],
     upper_bounds: dict[str, dict[str, int]] | None = None,
     dump_ir: Path | None = None,
+    tuned: Tuned | None = None,
 ) -> Lowered:
     """Run every phase. `upper_bounds`: for a function with symbolic sizes, the largest value of each, so that its
-    memory is planned once and never grows; `dump_ir`: a folder that gets the IR after each phase."""
+    memory is planned once and never grows; `dump_ir`: a folder that gets the IR after each phase; `tuned`: points for
+    matrix-vector products, which then go before the rules."""
     tvm_target = target.tvm_target()
 
     def dump(phase: int, mod: tvm.IRModule) -> None:
@@ -93,7 +97,10 @@ def lower(
         for name, bounds in (upper_bounds or {}).items():
             fused.update_func(fused.get_global_var(name), fused[name].with_attr("tir_var_upper_bound", bounds))
         dump(2, fused)
-        scheduled, hits = apply_rules(fused, make_rules(rules, target), tvm_target)
+        chosen = make_rules(rules, target)
+        if tuned is not None:
+            chosen = [(RULE, TunableGemv(tuned.choose)), *chosen]
+        scheduled, hits = apply_rules(fused, chosen, tvm_target)
         dump(3, scheduled)
         lowered = _run(scheduled, LOWER)
         dump(4, lowered)

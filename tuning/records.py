@@ -85,6 +85,9 @@ class Records(JournalFile):
         "target": "target",
         "tvm": "TVM",
         "method": "way of measuring",
+        "model": "model",
+        "quantization": "quantization",
+        "batch": "batch",
     }
 
     def __init__(self, path: Path) -> None:

@@ -46,6 +46,9 @@ def main(
         ),
     ] = "kernel",
     leaders: Annotated[int, typer.Option(help="With --objective decode: how many points of each product.")] = 3,
+    prompt_tokens: Annotated[int, typer.Option(help="With --objective decode: tokens of the prompt.")] = 322,
+    generate: Annotated[int, typer.Option(help="With --objective decode: tokens to decode after it.")] = 64,
+    repeats: Annotated[int, typer.Option(help="With --objective decode: rounds.")] = 5,
     records: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Default: artifacts/tuning/MODEL-QUANTIZATION-TARGET-gemv.jsonl."),
@@ -109,7 +112,8 @@ def main(
             with _progress(todo, store) as done:
                 plan.run(store, specs, timeout, done)
             if objective == "decode":
-                plan.measure_decode(store, leaders, timeout, device)
+                sizes = (prompt_tokens, generate, repeats)
+                plan.measure_decode(store, leaders, sizes, device, lambda what: print(what, file=sys.stderr))
         except KeyboardInterrupt:
             print(f"stopped; what was measured is in {file}: the same command goes on from there", file=sys.stderr)
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,11 +178,19 @@ class Setup:
         """Measure until every search is done."""
         Sweep(records, self.searches, specs, timeout_s, done).run()
 
-    def measure_decode(self, records: Records, leaders: int, timeout_s: float, device: str | None) -> None:
-        """Decode throughput of the whole model with each product's leading points."""
-        from tuning.decode import measure_leaders
+    def measure_decode(
+        self,
+        records: Records,
+        leaders: int,
+        sizes: tuple[int, int, int],
+        device: str | None,
+        say: Callable[[str], None],
+    ) -> None:
+        """Decode throughput of the whole model with each product's leading points. sizes: prompt, generate, rounds."""
+        from tuning.decode import Setting, measure_leaders
 
-        measure_leaders(self, records, leaders, timeout_s, device)
+        setting = Setting(self.model, self.target_name, self.quantization, self.batch, *sizes, device)
+        measure_leaders(records, setting, leaders, self.workload_names, say)
 
 
 def gemv_only(lowered: Any, plan: Any, batch: int, only: str | None) -> dict[Workload, Any]:
@@ -199,7 +208,7 @@ def gemv_only(lowered: Any, plan: Any, batch: int, only: str | None) -> dict[Wor
 def open_records(file: Path, plan: Setup, facts: dict[str, Any], fresh: bool) -> Records:
     """The sweep's file, with its header and the definitions of its products."""
     records = Records(file)
-    header = store.header(facts["device"], plan.target.name, facts["method"], model=plan.model, **_told(facts))
+    header = store.header(facts["device"], plan.target.name, facts["method"], **_what(plan), **_told(facts))
     records.open(header, fresh)
     try:
         records.define(w for w, _ in plan.found)
@@ -207,6 +216,15 @@ def open_records(file: Path, plan: Setup, facts: dict[str, Any], fresh: bool) ->
         records.close()
         raise
     return records
+
+
+def _what(plan: Setup) -> dict[str, Any]:
+    return {
+        "model": plan.model,
+        "quantization": plan.quantization,
+        "batch": plan.batch,
+        "target_argument": plan.target_name,
+    }
 
 
 def _told(facts: dict[str, Any]) -> dict[str, Any]:

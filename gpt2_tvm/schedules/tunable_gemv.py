@@ -244,7 +244,7 @@ class _Stages:
         tr, lane, *rest = self._loops(threads)[1][1:]
         rows, ts, tile_s = self._split_outputs(rest)
         tile_s, vector = sch.split(
-            tile_s, factors=[None, largest_factor(c.tile_s, (1, 2, 4, 8))], preserve_unit_iters=True
+            tile_s, factors=[None, largest_factor(c.tile_s, (1, 2, 4))], preserve_unit_iters=True
         )
         sch.reorder(ts, tr, *rows, tile_s, vector, lane)
         sch.bind(ts, c.s_tag)

@@ -110,8 +110,11 @@ def main(
         print(plan.introduction(facts, store, todo), file=sys.stderr)
         try:
             with _progress(todo, store) as done:
-                plan.run(store, specs, timeout, done)
-            if objective == "decode":
+                if static:
+                    plan.run_static(store, specs, trials, timeout, done)
+                else:
+                    plan.run(store, specs, timeout, done)
+            if objective == "decode" and not static:
                 sizes = (prompt_tokens, generate, repeats)
                 plan.measure_decode(store, leaders, sizes, device, lambda what: print(what, file=sys.stderr))
         except KeyboardInterrupt:

@@ -125,7 +125,7 @@ class Setup:
         if static:
             from tuning.candidates.static import StaticCandidates
 
-            arguments: tuple[Any, ...] = (self.target_name, self.tasks, self.quantization)
+            arguments: tuple[Any, ...] = (self.target_name, self.tasks)
             return [WorkerSpec(f"static{i}", StaticCandidates, arguments, f"{i}") for i in range(count or 2)]
         if tracker is not None or key is not None:
             if tracker is None or key is None:
@@ -177,6 +177,18 @@ class Setup:
     def run(self, records: Records, specs: list[WorkerSpec], timeout_s: float, done: Done) -> None:
         """Measure until every search is done."""
         Sweep(records, self.searches, specs, timeout_s, done).run()
+
+    def run_static(
+        self, records: Records, specs: list[WorkerSpec], trials: int | None, timeout_s: float, done: Done
+    ) -> None:
+        """Compile the shortlists; nothing runs."""
+        from tuning.static_sweep import StaticSweep
+
+        def start(worker: int) -> Child:
+            return Child(specs[worker].name, specs[worker].make, *specs[worker].arguments)
+
+        sweep = StaticSweep(records, self.target, start, len(specs), timeout_s, done)
+        sweep.run(sweep.jobs(self.searches, self.found, trials))
 
     def measure_decode(
         self,
@@ -243,12 +255,12 @@ def summary(records: Records, names: list[str]) -> str:
             continue
         first = best[0]
         gain = f"{stock.time_us / first.time_us:.2f}x" if stock and stock.time_us and first.time_us else "-"
-        stock_us = f"{stock.time_us:.1f} ± {stock.time_us_sd:.1f}" if stock and stock.time_us else "-"
+        stock_us = f"{stock.time_us:.1f} ± {stock.time_us_sd or 0:.1f}" if stock and stock.time_us else "-"
         rows.append(
             [
                 name,
                 describe(first.config, stock.config if stock else None),
-                f"{first.time_us:.1f} ± {first.time_us_sd:.1f} us",
+                f"{first.time_us:.1f} ± {first.time_us_sd or 0:.1f} us",
                 f"{first.gb_s:.2f}",
                 f"{stock_us} us ({gain})",
                 str(len(records.of(name))),
@@ -258,6 +270,9 @@ def summary(records: Records, names: list[str]) -> str:
     status = ", ".join(f"{count} {name}" for name, count in counts.most_common())
     floor = records.header.get("launch_floor_us")
     empty = f" An empty launch takes {floor:.1f} us there." if floor else ""
+    if records.header["method"] == "static":
+        software = " Nothing ran: times are a model's, with the registers and spills that the compiler reported."
+        return f"{table}\n{records.header['device']}, {records.header['date']}: {status}.{software}\n"
     software = " A software device: its ranking says nothing of a GPU's." if records.header.get("software") else ""
     return f"{table}\n{records.header['device']}, {records.header['date']}: {status}.{empty}{software}\n"
 

@@ -1,0 +1,182 @@
+"""How long a point should take, from bandwidth and occupancy, and a search that corrects this by what it measures.
+
+The model: a GEMV is bound by reading its weight, at the device's bandwidth as far as enough bytes are in flight
+(Little's law: bandwidth x latency), by issuing instructions, and by its last, partial wave of blocks:
+
+    resident  = blocks that a multiprocessor holds at once (threads, registers, shared memory)
+    in flight = resident threads x TILE_S x TILE_R x bytes a weight
+    memory    = weight bytes / (bandwidth x min(1, in flight / needed)) x whole waves / waves
+    issue     = instructions of all warps / (multiprocessors x warps issued a cycle x clock)
+    time      = max(memory, issue) + launches x launch + steps of the reduction across threads
+
+It knows nothing of caches, banks or the compiler, and only has to rank. `ModelGuided` fits the ratio measured /
+predicted as a quadratic in the logarithms of the parameters and goes where the corrected model is best.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gpt2_tvm.schedules.gemv_config import GemvConfig
+from targets import DeviceTarget
+from tuning.search import Results
+from tuning.space import Context
+from tuning.workloads import Workload
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the model knows of a device.
+
+    multiprocessors: SMs, compute units, GPU cores · threads, registers, shared_bytes: of one · clock_ghz · lanes: of a
+    warp · issue: warps issued a cycle and multiprocessor · latency_ns of a read from memory · launch_us of a kernel ·
+    gb_s: of its memory.
+    """
+
+    multiprocessors: int
+    threads: int
+    registers: int
+    shared_bytes: int
+    clock_ghz: float
+    lanes: int
+    issue: int
+    latency_ns: float
+    launch_us: float
+    gb_s: float
+
+
+# Multiprocessors and boost clocks from the sources named in targets/*.toml; per-SM limits from the CUDA C++ Programming
+# Guide 13.0, "Compute Capabilities"; latencies are typical, they only have to rank.
+_MACHINES = {
+    "t4": (40, 1024, 65536, 65536, 1.59),
+    "rtx-3090": (82, 1536, 65536, 102400, 1.70),
+    "rtx-4090": (128, 1536, 65536, 102400, 2.52),
+    "a100": (108, 2048, 65536, 167936, 1.41),
+    "h100": (132, 2048, 65536, 233472, 1.98),
+    "h200": (132, 2048, 65536, 233472, 1.98),
+    "gfx90a": (104, 2048, 131072, 65536, 1.70),
+    "gfx942": (304, 2048, 131072, 65536, 2.10),
+    "gfx1100": (96, 2048, 98304, 65536, 2.50),
+    "m1": (8, 1024, 53248, 32768, 1.28),
+    "m2-ultra": (76, 1024, 53248, 32768, 1.40),
+}
+_TYPICAL = (64, 1024, 65536, 65536, 1.5)
+
+
+def machine_of(target: DeviceTarget) -> Machine:
+    """The device's figures, or a typical GPU's where its name says nothing."""
+    sms, threads, registers, shared, clock = _MACHINES.get(target.name, _TYPICAL)
+    lanes = 64 if target.name in ("gfx90a", "gfx942") else 32
+    gb_s = target.peak.bandwidth_gb_s if target.peak and target.peak.bandwidth_gb_s else 500.0
+    return Machine(sms, threads, registers, shared, clock, lanes, 4 if lanes == 32 else 1, 600.0, 2.0, gb_s)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a point, where that is known: it replaces the model's guesses."""
+
+    registers: int | None = None
+    spill_bytes: int | None = None
+    shared_bytes: int | None = None
+
+
+def predict_us(config: GemvConfig, workload: Workload, target: DeviceTarget, compiled: Compiled | None = None) -> float:
+    """Microseconds of one call, by the model above."""
+    m, at, made = machine_of(target), Context(workload, target), compiled or Compiled()
+    registers = made.registers or at.registers(config)
+    shared = made.shared_bytes if made.shared_bytes is not None else at.shared_bytes(config)
+    warps = -(-config.threads // m.lanes)
+    limits = [m.threads // (warps * m.lanes), m.registers // (registers * warps * m.lanes), 32]
+    if shared:
+        limits.append(m.shared_bytes // shared)
+    resident = max(1, min(limits))
+    blocks = -(-workload.outputs // (config.ts * config.tile_s)) * config.split_k
+    waves = blocks / (resident * m.multiprocessors)
+    # a last wave that is not full: with few waves it is most of the time
+    tail = math.ceil(waves) / waves if waves > 1 else 1.0
+    active = min(blocks / m.multiprocessors, resident) * config.threads * m.multiprocessors
+    flight = active * config.tile_s * config.tile_r * at.item
+    needed = m.gb_s * m.latency_ns
+    # one load narrower than a sector, or lanes that skip over each other's bytes, fetch more than they use
+    row_bytes = config.tr * config.tile_r * at.item
+    sectors = max(1.0, 32 / row_bytes)
+    # lanes a stride apart: each load touches more sectors than it uses, and relies on the cache for the rest
+    used = min(1.0, config.vec_load / min(32, config.tile_r * at.item))
+    sectors /= 0.8 + 0.2 * used
+    memory_us = workload.weight_bytes * sectors / (m.gb_s * min(1.0, flight / needed)) / 1e3 * min(tail, 1.5)
+    elements = workload.outputs * workload.reduced
+    loads = elements * at.item / config.vec_load
+    # x: once a tile of rows from the first-level cache, else from shared memory
+    vectors = elements / config.tile_s * workload.rows / max(1, min(4, config.tile_r))
+    convert = 1.0 if workload.dtype != "float32" else 0.0
+    spills = (made.spill_bytes or 0) / 4 * blocks * config.threads
+    instructions = loads + vectors + elements * (workload.rows + convert) + spills
+    issue_us = instructions / m.lanes / (m.multiprocessors * m.issue * m.clock_ghz * 1e3)
+    steps = math.log2(config.tr) if config.tr > 1 else 0.0
+    across = 0.02 if config.reduction == "shuffle" and target.kind in ("cuda", "metal") else 0.08
+    reduce_us = math.ceil(max(waves, 1)) * config.tile_s * workload.rows * steps * across
+    return max(memory_us, issue_us) + reduce_us + m.launch_us * (1 if config.split_k == 1 else 2)
+
+
+class ModelGuided:
+    """A tenth of the points: the model's best first, then wherever the corrected model is best."""
+
+    FIRST = 0.4  # share of the trials that the model alone chooses: its best, and every so-many-th of the rest
+    RIDGE = 0.3
+
+    def __init__(
+        self, configs: Sequence[GemvConfig], workload: Workload, target: DeviceTarget, trials: int | None, seed: int
+    ) -> None:
+        self.configs = list(configs)
+        self.trials = min(len(self.configs), trials if trials is not None else max(8, round(len(self.configs) / 10)))
+        self.predicted = np.log([predict_us(c, workload, target) for c in self.configs])
+        self.features = np.array([_features(c) for c in self.configs])
+        spread = self.features.std(0)
+        self.features = (self.features - self.features.mean(0)) / np.where(spread > 0, spread, 1)
+        self.index = {c: i for i, c in enumerate(self.configs)}
+        first = max(1, round(self.trials * self.FIRST))
+        ranked = np.argsort(self.predicted)
+        best, spread_out = ranked[: first // 2], ranked[:: max(1, len(ranked) // max(1, first - first // 2))]
+        self.first = list(dict.fromkeys([*best.tolist(), *spread_out.tolist()]))[:first]
+
+    def ask(self, results: Results, running: set[GemvConfig]) -> GemvConfig | None:
+        tried = [self.index[c] for c in (*results, *running) if c in self.index]
+        if len(set(tried)) >= self.trials:
+            return None
+        for i in self.first:
+            if i not in tried:
+                return self.configs[i]
+        order = np.argsort(self._corrected(results))
+        return next((self.configs[i] for i in order if i not in tried), None)
+
+    def _corrected(self, results: Results) -> np.ndarray:
+        """log microseconds of every point: the model's, plus a quadratic fitted to what it got wrong."""
+        known = [(self.index[c], t) for c, t in results.items() if c in self.index]
+        good = [(i, math.log(t)) for i, t in known if t is not None]
+        if len(good) < 4:
+            return self.predicted
+        rows = np.array([i for i, _ in good])
+        # failed points are slow ones, so that their neighbours are tried last
+        error = np.array([t for _, t in good]) - self.predicted[rows]
+        basis = _quadratic(self.features)
+        a = basis[rows]
+        weights = np.linalg.solve(a.T @ a + self.RIDGE * np.eye(a.shape[1]), a.T @ (error - error.mean()))
+        return self.predicted + error.mean() + basis @ weights
+
+
+def _features(c: GemvConfig) -> list[float]:
+    """What the fit is a quadratic of: logarithms, so that halving and doubling are as far."""
+    logs = [c.ts, c.tr, c.tile_s, c.tile_r, c.vec_load, c.vec_c, c.split_k, c.threads]
+    flags = [c.s_axis == "x", c.shared_vector, c.reduction == "shared", c.unroll > 0]
+    return [*(math.log2(v) for v in logs), *(float(f) for f in flags)]
+
+
+def _quadratic(features: np.ndarray) -> np.ndarray:
+    """Features, their squares and products."""
+    n = features.shape[1]
+    pairs = [features[:, i] * features[:, j] for i in range(n) for j in range(i, n)]
+    return np.column_stack([features, *pairs])

@@ -63,7 +63,6 @@ def main(
     workers: Annotated[
         int | None, typer.Option(help="Processes that build and measure; default 2 on a GPU, 1 on a software device.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help='"cuda:1", say; default: the first of the kind.')] = None,
     tracker: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Measure on machines behind this TVM RPC tracker.")
     ] = None,
@@ -102,7 +101,7 @@ def main(
     if list_:
         print(plan.listing())
         return
-    specs = plan.workers(static, workers, device, tracker, key, budget, spread)
+    specs = plan.workers(static, workers, tracker, key, budget, spread)
     facts = plan.probe(specs)
     file = records or FOLDER / f"{plan.name}-gemv.jsonl"
     with setup.open_records(file, plan, facts, fresh) as store:
@@ -116,7 +115,7 @@ def main(
                     plan.run(store, specs, timeout, done)
             if objective == "decode" and not static:
                 sizes = (prompt_tokens, generate, repeats)
-                plan.measure_decode(store, leaders, sizes, device, lambda what: print(what, file=sys.stderr))
+                plan.measure_decode(store, leaders, sizes, lambda what: print(what, file=sys.stderr))
         except KeyboardInterrupt:
             print(f"stopped; what was measured is in {file}: the same command goes on from there", file=sys.stderr)
             raise

@@ -112,7 +112,6 @@ class Setup:
         self,
         static: bool,
         count: int | None,
-        device: str | None,
         tracker: str | None,
         key: str | None,
         budget_s: float,
@@ -134,22 +133,19 @@ class Setup:
 
             arguments = (self.target_name, self.tasks, tracker, key, budget)
             return [WorkerSpec(f"{key}{i}", RemoteCandidates, (*arguments, i), f"{i}") for i in range(count or 1)]
+        from tuning.candidates.backends import backend_of
+
+        default = 2
         if self.target.kind == "webgpu":
             from gpt2_tvm.runners.wgpu_device import Device
-            from tuning.candidates.webgpu import WebgpuCandidates
 
             default = 1 if Device().is_software else 2  # a software device's kernels run on the builders' cores
-            arguments = (self.target_name, self.tasks, budget)
-            return [WorkerSpec(f"wgpu{i}", WebgpuCandidates, arguments, "wgpu") for i in range(count or default)]
-        if self.target.kind == "cuda":
-            from tuning.candidates.local import LocalCandidates
-
-            arguments = (self.target_name, self.tasks, device or "cuda:0", budget)
-            return [WorkerSpec(f"cuda{i}", LocalCandidates, arguments, device or "cuda:0") for i in range(count or 2)]
-        raise UserError(
-            f"{self.target.kind} kernels cannot be timed in this process; use --tracker with a TVM RPC server on a "
-            "machine that has the device, or --static"
+        kind, backend, arguments = (
+            self.target.kind,
+            backend_of(self.target_name),
+            (self.target_name, self.tasks, budget),
         )
+        return [WorkerSpec(f"{kind}{i}", backend, arguments, kind) for i in range(count or default)]
 
     def probe(self, specs: list[WorkerSpec]) -> dict[str, Any]:
         """What the first worker says of its device."""
@@ -195,13 +191,12 @@ class Setup:
         records: Records,
         leaders: int,
         sizes: tuple[int, int, int],
-        device: str | None,
         say: Callable[[str], None],
     ) -> None:
         """Decode throughput of the whole model with each product's leading points. sizes: prompt, generate, rounds."""
         from tuning.decode import Setting, measure_leaders
 
-        setting = Setting(self.model, self.target_name, self.quantization, self.batch, *sizes, device)
+        setting = Setting(self.model, self.target_name, self.quantization, self.batch, *sizes)
         measure_leaders(records, setting, leaders, self.workload_names, say)
 
 

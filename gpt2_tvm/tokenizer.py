@@ -47,6 +47,10 @@ class Tokenizer:
         """A decoder that takes one id at a time; what it gives adds up to `decode` of all of them."""
         return TextStream(self, skip_special)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one id adds to the UTF-8 bytes of a decoded text; b"" for an id outside the vocabulary."""
+        return self._bytes(int(token_id), skip_special=False)
+
     @cached_property
     def _added(self) -> dict[int, tokenizers.AddedToken]:
         return self._backend.get_added_tokens_decoder()

@@ -4,7 +4,7 @@ The model: a GEMV is bound by reading its weight, at the device's bandwidth as f
 (Little's law: bandwidth x latency), by issuing instructions, and by its last, partial wave of blocks:
 
     resident  = blocks that a multiprocessor holds at once (threads, registers, shared memory)
-    in flight = resident threads x TILE_S x TILE_R x bytes a weight
+    in flight = resident threads x TILE_S x TILE_R x bytes a weight x steps under way together
     memory    = weight bytes / (bandwidth x min(1, in flight / needed)) x whole waves / waves
     issue     = instructions of all warps / (multiprocessors x warps issued a cycle x clock)
     time      = max(memory, issue) + launches x launch + steps of the reduction across threads
@@ -63,6 +63,7 @@ _MACHINES = {
     "m1": (8, 1024, 53248, 32768, 1.28),
     "m2-ultra": (76, 1024, 53248, 32768, 1.40),
 }
+STEPS_AHEAD = 4  # steps of an unrolled loop whose loads are under way together
 _TYPICAL = (64, 1024, 65536, 65536, 1.5)
 
 
@@ -98,7 +99,9 @@ def predict_us(config: GemvConfig, workload: Workload, target: DeviceTarget, com
     # a last wave that is not full: with few waves it is most of the time
     tail = math.ceil(waves) / waves if waves > 1 else 1.0
     active = min(blocks / m.multiprocessors, resident) * config.threads * m.multiprocessors
-    flight = active * config.tile_s * config.tile_r * at.item
+    steps_of_k = workload.reduced // (config.tr * config.tile_r * config.split_k)
+    ahead = min(STEPS_AHEAD, max(1, steps_of_k)) if config.unroll else 1
+    flight = active * config.tile_s * config.tile_r * at.item * ahead
     needed = m.gb_s * m.latency_ns
     # one load narrower than a sector, or lanes that skip over each other's bytes, fetch more than they use
     row_bytes = config.tr * config.tile_r * at.item
@@ -124,8 +127,9 @@ def predict_us(config: GemvConfig, workload: Workload, target: DeviceTarget, com
 class ModelGuided:
     """A tenth of the points: the model's best first, then where the corrected model expects the most.
 
-    The correction is a Gaussian process over the logarithms of the parameters, fitted to what the model
-    leaves open of log time; the next point has the largest expected improvement (Jones, Schonlau, Welch 1998, J. Global Optimization 13).
+    The correction is a Gaussian process over the logarithms of the parameters, fitted to what the model leaves open of
+    log time; the next point has the largest expected improvement (Jones, Schonlau, Welch 1998, J. Global Optimization
+    13).
     """
 
     FIRST = 0.3  # share of the trials that the model alone chooses: its best, and every so-many-th of the rest
@@ -181,7 +185,7 @@ class ModelGuided:
         return min(1.0, max(0.0, slope)) * self.predicted
 
     def _process(self, rows: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation at every point, given `values` at `rows` (Rasmussen, Williams 2006, chapter 2)."""
+        """Mean and standard deviation at every point, given `values` at `rows` (Rasmussen, Williams 2006, ch. 2)."""
         centre, variance = values.mean(), max(float(values.var()), 1e-6)
         likeliest: tuple[float, np.ndarray, np.ndarray] | None = None
         distance = ((self.features[:, None, :] - self.features[None, rows, :]) ** 2).sum(-1)

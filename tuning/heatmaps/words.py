@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from tuning.heatmaps.cells import value, within_noise
 from tuning.records import Point
 from tuning.space import describe
@@ -29,8 +31,8 @@ class Findings:
     """Of one product.
 
     best, stock: points · gain, gain_low, gain_high: how many times as fast the best is as DLight's point, with two
-    standard errors · shares: parameter to the share of the variance of log time that its own values explain (main
-    effects; what is left over, `rest`, is interactions and noise) · equal: points that cannot be told from the best ·
+    standard errors · shares: parameter to the share of the variance of log time that it explains (`variance_shares`),
+    and what is left, `rest` · equal: points that cannot be told from the best ·
     ran, failed: how many.
     """
 
@@ -56,7 +58,7 @@ def findings(points: list[Point], stock: Point | None) -> Findings | None:
     for p in points:
         if not p.ok:
             failed[p.status] = failed.get(p.status, 0) + 1
-    shares = variance_shares(ran)
+    shares, rest = variance_shares(ran)
     gain = low = high = None
     if stock is not None and stock.ok and stock.time_us and best.time_us:
         gain = stock.time_us / best.time_us
@@ -64,30 +66,39 @@ def findings(points: list[Point], stock: Point | None) -> Findings | None:
         width = 2 * gain * math.hypot(*errors)
         low, high = gain - width, gain + width
     equal = sum(within_noise(p, best) for p in ran)
-    return Findings(best, stock, gain, low, high, shares, max(0.0, 1 - sum(shares.values())), equal, len(ran), failed)
+    return Findings(best, stock, gain, low, high, shares, rest, equal, len(ran), failed)
 
 
-def variance_shares(points: list[Point]) -> dict[str, float]:
-    """For each parameter that varies, the sum of squares of log time between its values over the whole (eta squared of
-    a one-way analysis of variance). An unbalanced table makes shares overlap: they are scaled to sum to at most 1.
+def variance_shares(points: list[Point]) -> tuple[dict[str, float], float]:
+    """(parameter to its share of the variance of log time, what is left to interactions and noise).
+
+    What all parameters explain together, each value an effect of its own that adds to the others', is the adjusted R²
+    of a least-squares fit. It is divided among them as their own one-way shares (eta squared), which overlap where the
+    table has holes.
     """
-    logs = [math.log(p.time_us) for p in points if p.time_us]
-    mean = sum(logs) / len(logs)
-    total = sum((v - mean) ** 2 for v in logs)
+    logs = np.log([p.time_us for p in points if p.time_us])
+    spread = logs - logs.mean()
+    total = float(spread @ spread)
     if total <= 0 or len(logs) < 3:
-        return {}
-    shares = {}
+        return {}, 1.0
+    own, effects = {}, [np.ones(len(logs))]
     for name in PARAMETERS:
-        groups: dict[object, list[float]] = {}
-        for point, log in zip(points, logs, strict=True):
-            groups.setdefault(value(point, name), []).append(log)
-        if len(groups) > 1:
-            between = sum(len(g) * (sum(g) / len(g) - mean) ** 2 for g in groups.values())
-            shares[name] = between / total
-    whole = sum(shares.values())
-    if whole > 1:
-        shares = {name: share / whole for name, share in shares.items()}
-    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+        values = [value(point, name) for point in points]
+        kinds = list(dict.fromkeys(values))
+        if len(kinds) < 2:
+            continue
+        columns = [np.array([float(v == kind) for v in values]) for kind in kinds]
+        own[name] = float(sum((spread @ c) ** 2 / c.sum() for c in columns)) / total
+        effects += columns[1:]
+    basis = np.column_stack(effects)
+    fitted, _, rank, _ = np.linalg.lstsq(basis, logs, rcond=None)
+    residual = logs - basis @ fitted
+    freedom = len(logs) - rank
+    rest = float(residual @ residual) / total * (len(logs) - 1) / freedom if freedom > 0 else 1.0
+    rest = min(1.0, max(0.0, rest))
+    whole = sum(own.values()) or 1.0
+    shares = {name: share / whole * (1 - rest) for name, share in own.items()}
+    return dict(sorted(shares.items(), key=lambda item: -item[1])), rest
 
 
 def paragraph(f: Findings, measured: bool = True) -> str:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -43,6 +43,10 @@ def main(
     device: Annotated[
         str | None, typer.Option(help='"cuda:1", say; default: the first of the artifact\'s kind.')
     ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads of the CPU, a peer's too. Default: one a physical core that this process may use."),
+    ] = None,
     format_: Annotated[str, typer.Option("--format", help="What to print: md, csv, json or jsonl.")] = "md",
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here, as JSON.")
@@ -61,9 +65,10 @@ def main(
     Tokenisation and sampling are outside the timing; the greedy choice, which the engine makes on the device,
     and a peer's argmax are inside.
 
-    GB/s are the bytes that a decode step must read (weights and KV cache) times steps a second, beside the
-    target's peak or, on a CPU without one, the read bandwidth measured in the same run. A model that fits into
-    the caches can pass that bound.
+    GFLOP/s are the multiply-adds that a prefill cannot do without (two operations each) a second, GB/s the
+    bytes that a decode step must read (weights and KV cache) times steps a second. Each stands beside its
+    bound: the target's peak or, on a CPU without one, what loops that only multiply and add, or only read,
+    reach in the same rounds. A model that fits into the caches can pass the bandwidth.
 
     Each artifact, and each peer, runs in a process of its own: its peak memory is its own, and if it crashes
     the others go on. All of them are in memory at once.
@@ -84,9 +89,12 @@ def main(
         return
     if figure is not None:
         raise UserError("--figure needs --collect and result files; write one with --json FILE first")
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads {threads}: give at least 1, or leave it out for one a physical core")
     if repeats < 1 or warmup < 0:
         raise UserError(f"--repeats {repeats} --warmup {warmup}: at least 1 round counts, and 0 or more do not")
-    _measure(paths, (batch, prompt_tokens, generate), repeats, warmup, peer, device, format_, json_file)
+    session = {"repeats": repeats, "warmups": warmup, "peer": peer, "device": device, "threads": threads}
+    _measure(paths, (batch, prompt_tokens, generate), session, format_, json_file)
 
 
 def _check_writable(file: Path) -> None:
@@ -99,10 +107,7 @@ def _check_writable(file: Path) -> None:
 def _measure(
     paths: list[Path],
     sizes: tuple[str, str, str],
-    repeats: int,
-    warmup: int,
-    peer: str | None,
-    device: str | None,
+    options: dict[str, Any],
     format_: str,
     json_file: Path | None,
 ) -> None:
@@ -111,9 +116,9 @@ def _measure(
     from gpt2_tvm.measure.session import Session
     from gpt2_tvm.measure.tables import render
 
-    options = ("--batch", "--prompt-tokens", "--generate")
-    cases = cross(*(parse_sizes(option, text) for option, text in zip(options, sizes, strict=True)))
-    session = Session(paths, cases, repeats, warmup, peer, device)
+    names = ("--batch", "--prompt-tokens", "--generate")
+    cases = cross(*(parse_sizes(option, text) for option, text in zip(names, sizes, strict=True)))
+    session = Session(paths, cases, **options)
     try:
         with _progress(session.turns) as say:
             session.run(say)

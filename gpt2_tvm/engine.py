@@ -28,17 +28,23 @@ class Engine:
         path: the artifact's folder.
         device: "cpu", "cuda", "cuda:1" …; default the kind that the artifact was compiled for.
         verify: check the sha256 of every file first (a damaged file is refused in one line).
+        threads: of the CPU, the caller's included; default one a physical core that this process may use, or what
+            TVM_NUM_THREADS says (`runners.threads`). UserError for an artifact of another device.
 
     Attributes:
         artifact, config: what was loaded.
         positions: int32 [batch], tokens in the cache of each sequence.
+        threads: how many run; None on another device than the CPU.
     """
 
-    def __init__(self, path: str | Path, device: str | None = None, verify: bool = True) -> None:
+    def __init__(
+        self, path: str | Path, device: str | None = None, verify: bool = True, threads: int | None = None
+    ) -> None:
         self.artifact = open_artifact(path, verify)
         self.config = self.artifact.config
         self.max_seq_len = self.artifact.max_seq_len
-        self.runner = make_runner(self.artifact, device)
+        self.runner = make_runner(self.artifact, device, threads)
+        self.threads = self.runner.threads
         self.batch = 0
         self.positions = np.zeros(0, np.int32)
         self._slots = 0  # the static batch that runs: self.batch or the next compiled size above it

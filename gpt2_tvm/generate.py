@@ -63,6 +63,9 @@ def main(
     device: Annotated[
         str | None, typer.Option(help="Where to run, such as cuda:1. Default: the artifact's kind.")
     ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the CPU. Default: one a physical core that this process may use.")
+    ] = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="More figures at the end: loading, first token, why it ended.")
     ] = False,
@@ -90,7 +93,7 @@ def main(
     from gpt2_tvm.decoding.tokens import Generation
     from gpt2_tvm.engine import Engine
 
-    engine = Engine(artifact, device)
+    engine = Engine(artifact, device, threads=threads)
     load_s = time.perf_counter() - start
     eos = tokenizer.eos_id if tokenizer else None
     generation = Generation(engine, ids, max_tokens, temperature, top_k, top_p, seed, eos)
@@ -100,6 +103,7 @@ def main(
         "model": engine.artifact.manifest["model"],
         "target": engine.artifact.manifest["target"]["name"],
         "device": engine.runner.device_name,
+        "threads": engine.threads,
         "prompt": text,
         "prompt_tokens": len(ids),
         "text": result.text,

@@ -24,7 +24,7 @@ KEYS = {
     *("model", "target", "quantization", "rules", "attention", "batch", "prompt_tokens", "generate_tokens", "repeats"),
     *("prefill_tok_s", "decode_tok_s", "prefill_tok_s_sd", "decode_tok_s_sd", "prefill_tok_s_mean"),
     *("decode_tok_s_mean", "ttft_ms", "decode_gb_s", "bound_gb_s", "bound_share", "peak_rss_mb", "device", "date"),
-    "versions",
+    *("versions", "threads", "load_seconds", "prefill_gflop_s", "bound_gflop_s", "bound_gflop_share"),
 }
 
 # Sizes -----------------------------------------------------------------------------------------------------------
@@ -108,12 +108,13 @@ def test_stored_bytes_count_the_padding_of_the_layout(tiny_artifact: Path) -> No
 
 def test_bandwidth_is_the_target_s_or_measured(tiny_artifact: Path) -> None:
     artifact = open_artifact(tiny_artifact)
-    assert bounds.target_bandwidth(artifact) is None  # targets/cpu.toml states none
-    artifact.manifest["target"]["peak"] = {"bandwidth_gb_s": 800.0}
-    stated = bounds.target_bandwidth(artifact)
-    assert stated is not None and stated.gb_s == 800 and "cpu" in stated.source
-    measured = bounds.measure_read_bandwidth(repeats=2, nbytes=8 << 20)
-    assert np.isfinite(measured.gb_s) and measured.gb_s > 0 and measured.source.startswith("measured")
+    assert bounds.target_bounds(artifact) == bounds.Bounds()  # targets/cpu.toml states none
+    artifact.manifest["target"]["peak"] = {"bandwidth_gb_s": 800.0, "fp32_tflops": 2.5, "fp16_tflops": 5}
+    stated = bounds.target_bounds(artifact)
+    assert stated.bandwidth == bounds.Bandwidth(800, "peak of target cpu")
+    assert stated.arithmetic == bounds.Arithmetic(2500, "peak of target cpu")
+    artifact.manifest["compute_dtype"] = "float16"
+    assert bounds.target_bounds(artifact).arithmetic == bounds.Arithmetic(5000, "peak of target cpu")
 
 
 def samples(*seconds: tuple[float, float], tokens: tuple[tuple[int, ...], ...] = ((1, 2, 3, 4),)) -> list[Sample]:
@@ -126,8 +127,9 @@ FACTS = {"device": "a device", "versions": {"apache-tvm": "1"}}
 def test_a_row_s_keys_and_arithmetic(tiny_artifact: Path) -> None:
     artifact, case = open_artifact(tiny_artifact), Case(2, 10, 4)
     measured = samples((1.0, 0.5), (2.0, 1.0), (4.0, 0.25))
-    row = results.make_row(artifact, case, measured, FACTS, bounds.Bandwidth(50.0, "x"), "2026-01-01")
-    assert set(row) == KEYS and len(results.ROW_KEYS) == len(KEYS)
+    limits = bounds.Bounds(bounds.Bandwidth(50.0, "x"), bounds.Arithmetic(0.5, "y"))
+    row = results.make_row(artifact, case, measured, FACTS, limits, "2026-01-01")
+    assert set(row) == KEYS and len(results.ROW_KEYS) + len(results.LATER_KEYS) == len(KEYS)
     assert (row["prefill_tok_s"], row["decode_tok_s"]) == (10, 16)  # 20 tokens / 2 s, 8 tokens / 0.5 s
     assert row["prefill_tok_s_mean"] == pytest.approx((20 + 10 + 5) / 3)
     assert row["prefill_tok_s_sd"] == pytest.approx(stdev([20, 10, 5]))
@@ -136,12 +138,17 @@ def test_a_row_s_keys_and_arithmetic(tiny_artifact: Path) -> None:
     step = bounds.decode_step_bytes(artifact.config, bounds.artifact_param_bytes(artifact), "float32", case)
     assert row["decode_gb_s"] == pytest.approx(step * 8 / 1e9)  # 8 steps a second, of two sequences each
     assert row["bound_share"] == pytest.approx(row["decode_gb_s"] / 50)
+    assert row["prefill_gflop_s"] == pytest.approx(bounds.prefill_flops(artifact.config, case) / 2e9)  # median 2 s
+    assert row["bound_gflop_share"] == pytest.approx(row["prefill_gflop_s"] / 0.5)
     assert (row["model"], row["rules"], row["attention"], row["target"]) == ("tiny", "none", "flash", "cpu")
 
 
 def test_without_a_bound_or_a_second_repeat(tiny_artifact: Path) -> None:
-    row = results.make_row(open_artifact(tiny_artifact), Case(1, 4, 4), samples((1.0, 1.0)), FACTS, None, "d", "other")
+    row = results.make_row(
+        open_artifact(tiny_artifact), Case(1, 4, 4), samples((1.0, 1.0)), FACTS, bounds.Bounds(), "d", "other"
+    )
     assert row["bound_gb_s"] is None and row["bound_share"] is None and row["prefill_tok_s_sd"] == 0
+    assert row["bound_gflop_s"] is None and row["bound_gflop_share"] is None
     assert set(row) == {*KEYS, "peer"} and row["peer"] == "other" and row["quantization"] == "q0f32"
     json.loads(json.dumps(row, allow_nan=False))
 

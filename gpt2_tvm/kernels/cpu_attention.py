@@ -1,5 +1,7 @@
-"""Attention for CPUs: one TIR kernel for prefill, decode and verify, vectorised over the head, heads and rows in
-parallel.
+"""Attention for CPUs: one TIR kernel for prefill, decode and verify, heads and rows in parallel.
+
+It is two kernels in one. Few rows (decode, verify) read each key once and are bound by that: vectors run over the head,
+below. Many rows (prefill) are bound by arithmetic: vectors run over the rows, `cpu_row_attention.py`.
 
 Layouts: ``qkv`` [b, n, 3*H*D] holds q | k | v; ``cache`` [2, b, H, S, D] holds keys (0) and values (1), the rows of
 this call already appended; ``positions`` [b] int32 counts the tokens cached before this call, ``lengths`` [b] int32 the
@@ -17,11 +19,14 @@ from functools import cache
 from tvm import tirx
 from tvm.script import tirx as T
 
+from gpt2_tvm.kernels.cpu_row_attention import LEAST_SHARE, row_attention, row_block
 from gpt2_tvm.kernels.math import exp
 from gpt2_tvm.kernels.spec import AttentionSpec
 
 KEY_BLOCK = 16  # keys scored together: one maximum and one rescale of the accumulator for each block
 ROW_BLOCK = 16  # query rows of one task: enough work to be worth a hand-over to another thread
+# Multiply-adds under which waking a second thread costs more than it saves, as in `schedules/cpu_gemv.py`
+PARALLEL_WORK = 65536
 MASKED = -1e30  # finite, so that a block without a visible key gives exp(0) * 0 and no NaN
 
 
@@ -56,6 +61,8 @@ def attention(spec: AttentionSpec, simd_bits: int, tree: bool = False) -> tirx.P
     H, D, S, dtype, scale = spec.n_head, spec.head_dim, spec.capacity, spec.dtype, spec.scale
     lanes = vector_lanes(D, simd_bits)
     kb = KEY_BLOCK
+    many = row_attention(spec, simd_bits)
+    few = row_block(simd_bits) // LEAST_SHARE
 
     def f32(x: tirx.Expr) -> tirx.Expr:
         return x if dtype == "float32" else T.Cast("float32", x)
@@ -69,8 +76,8 @@ def attention(spec: AttentionSpec, simd_bits: int, tree: bool = False) -> tirx.P
 
     # fmt: off
     @T.inline
-    def body(qkv, positions, lengths, cache, mask, out, b, n):
-        for task in T.parallel(b * H * ((n + ROW_BLOCK - 1) // ROW_BLOCK)):
+    def body(kind, qkv, positions, lengths, cache, mask, out, b, n):
+        for task in kind(b * H * ((n + ROW_BLOCK - 1) // ROW_BLOCK)):
             q = T.alloc_buffer((D,), "float32", scope="local")
             acc = T.alloc_buffer((D,), "float32", scope="local")
             part = T.alloc_buffer((lanes,), "float32", scope="local")
@@ -154,7 +161,7 @@ def attention(spec: AttentionSpec, simd_bits: int, tree: bool = False) -> tirx.P
             cache = T.match_buffer(c, (2, b, H, S, D), dtype)
             mask = T.match_buffer(tr, (b, n), "int32")
             out = T.match_buffer(o, (b, n, H * D), dtype)
-            body(qkv, positions, lengths, cache, mask, out, b, n)
+            body(T.parallel, qkv, positions, lengths, cache, mask, out, b, n)
 
         return tree_attention
 
@@ -167,7 +174,17 @@ def attention(spec: AttentionSpec, simd_bits: int, tree: bool = False) -> tirx.P
         lengths = T.match_buffer(le, (b,), "int32")
         cache = T.match_buffer(c, (2, b, H, S, D), dtype)
         out = T.match_buffer(o, (b, n, H * D), dtype)
-        body(qkv, positions, lengths, cache, positions, out, b, n)
+        if n <= few:
+            longest = T.alloc_buffer((1,), "int64", scope="local")
+            longest[0] = T.int64(0)
+            for i in T.serial(b):
+                longest[0] = T.max(longest[0], T.Cast("int64", positions[i]) + n)
+            if 2 * b * n * H * D * longest[0] < PARALLEL_WORK:
+                body(T.serial, qkv, positions, lengths, cache, positions, out, b, n)
+            else:
+                body(T.parallel, qkv, positions, lengths, cache, positions, out, b, n)
+        else:
+            many(qkv, positions, lengths, cache, out, b, n)
     # fmt: on
 
     return chain_attention

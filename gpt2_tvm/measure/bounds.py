@@ -1,23 +1,23 @@
-"""What a decode step cannot be faster than: the bytes it must read over the memory's bandwidth."""
+"""What an engine cannot be faster than: a decode step the bytes it must read over the memory's bandwidth, a prefill its
+multiply-adds over the rate of the arithmetic units."""
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
+from statistics import median
 
 import numpy as np
 
 from gpt2_tvm.artifact import Artifact
 from gpt2_tvm.config import GPT2Config
+from gpt2_tvm.measure import loops
 from gpt2_tvm.measure.cases import Case
 from gpt2_tvm.weights import EMBEDDING, expected_tensors
 
 POSITIONS = "transformer.wpe.weight"
-PROBE_BYTES = 256 << 20  # far more than a cache holds
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -48,37 +48,88 @@ def decode_step_bytes(config: GPT2Config, param_bytes: Mapping[str, int], cache_
     return weights + case.batch * cached * a_token
 
 
+def prefill_flops(config: GPT2Config, case: Case) -> int:
+    """Floating-point operations of the multiply-adds that a prefill from an empty cache cannot do without.
+
+    Two for each weight of a layer's matrices and token, two for each weight of the head and sequence (the logits after
+    the last token alone), and in each layer four for each channel and each pair of a token with one that it sees.
+    """
+    n, width = case.prompt_tokens, config.n_embd
+    matrices = sum(
+        prod(shape)
+        for name, shape in expected_tensors(config).items()
+        if name.startswith("transformer.h.") and len(shape) == 2
+    )
+    pairs = n * (n + 1) // 2
+    sequence = 2 * n * matrices + 2 * config.vocab_size * width + 4 * config.n_layer * width * pairs
+    return case.batch * sequence
+
+
 @dataclass(frozen=True)
 class Bandwidth:
     """A memory's read rate in 10^9 bytes a second, and in words where the figure comes from."""
 
     gb_s: float
     source: str
+    gb_s_sd: float = 0.0
 
 
-def target_bandwidth(artifact: Artifact) -> Bandwidth | None:
-    """The peak that the target's file states, if it does."""
-    peak = artifact.manifest["target"].get("peak") or {}
+@dataclass(frozen=True)
+class Arithmetic:
+    """The rate of multiply-adds in 10^9 floating-point operations a second (two each), and where the figure is from."""
+
+    gflop_s: float
+    source: str
+    gflop_s_sd: float = 0.0
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What an engine is held against; None where nobody knows."""
+
+    bandwidth: Bandwidth | None = None
+    arithmetic: Arithmetic | None = None
+
+
+def target_bounds(artifact: Artifact) -> Bounds:
+    """The peaks that the target's file states, where it does: bandwidth, and FLOP/s at the artifact's precision."""
+    manifest = artifact.manifest
+    peak, name = manifest["target"].get("peak") or {}, manifest["target"]["name"]
     rate = peak.get("bandwidth_gb_s")
-    return Bandwidth(float(rate), f"peak of target {artifact.manifest['target']['name']}") if rate else None
+    compute = peak.get("fp32_tflops" if manifest["compute_dtype"] == "float32" else "fp16_tflops")
+    return Bounds(
+        Bandwidth(float(rate), f"peak of target {name}") if rate else None,
+        Arithmetic(1e3 * float(compute), f"peak of target {name}") if compute else None,
+    )
 
 
-def measure_read_bandwidth(repeats: int = 5, nbytes: int = PROBE_BYTES) -> Bandwidth:
-    """How fast all cores together read memory here: the best of `repeats`.
+def measure_read_bandwidth(threads: int, repeats: int = 5, nbytes: int = loops.READ_BYTES) -> float:
+    """How fast `threads` threads together read memory here, in 10^9 bytes a second: the median of `repeats` passes
+    over `nbytes`, after one that does not count. With TVM's compiler by a loop of its own, else by numpy."""
+    return _median_rate(read_loop(threads, nbytes), repeats)
 
-    Each thread adds up its part of `nbytes` of int64 with `np.add.reduce`, outside Python's lock. Integers,
-    because numpy adds them with full vectors; its pairwise sum of floats reaches half of that.
+
+def measure_fma_rate(threads: int, repeats: int = 5) -> float:
+    """How fast `threads` threads together multiply and add on registers alone, in 10^9 float32 operations a second
+    (two a multiply-add): the median of `repeats`. Needs TVM's compiler."""
+    return _median_rate(loops.fma_loop(threads), repeats)
+
+
+def _median_rate(loop: loops.Loop, repeats: int) -> float:
+    loop.run()
+    return median(loop.rate() for _ in range(repeats))
+
+
+def read_loop(threads: int, nbytes: int = loops.READ_BYTES) -> loops.Loop:
+    """The fastest reader to be had here: TVM's, or numpy's where there is no compiler."""
+    return loops.read_loop(threads, nbytes) if loops.can_compile() else numpy_read_loop(threads, nbytes)
+
+
+def numpy_read_loop(threads: int, nbytes: int = loops.READ_BYTES) -> loops.Loop:
+    """What reads memory where there is no compiler: `np.add.reduce` of int64 on Python threads, outside Python's lock.
+
+    Integers, because numpy adds them with full vectors; its pairwise sum of floats reaches half of that.
     """
-    allowed = getattr(os, "sched_getaffinity", None)
-    threads = len(allowed(0)) if allowed else os.cpu_count() or 1
     parts = np.array_split(np.ones(max(nbytes // 8, threads), np.int64), threads)
-    best = float("inf")
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(np.add.reduce, parts))  # threads exist, pages are there
-        for _ in range(repeats):
-            start = time.perf_counter()
-            list(pool.map(np.add.reduce, parts))
-            best = min(best, time.perf_counter() - start)
-    size = sum(part.nbytes for part in parts)
-    note = f"measured: sum of {size >> 20} MiB of integers, {threads} threads, best of {repeats}"
-    return Bandwidth(size / best / 1e9, note)
+    pool = ThreadPoolExecutor(threads)
+    return loops.Loop(lambda: list(pool.map(np.add.reduce, parts)), float(sum(part.nbytes for part in parts)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_tvm.errors import UserError
-from gpt2_tvm.measure.results import ROW_KEYS, Row
+from gpt2_tvm.measure.results import LATER_KEYS, ROW_KEYS, Row
 from gpt2_tvm.measure.tables import engine_name, markdown_table, number, share, with_spread
 
 _WORKLOAD = ("model", "quantization", "batch", "prompt_tokens", "generate_tokens")
@@ -30,7 +30,7 @@ def read_results(paths: Sequence[Path]) -> tuple[list[Row], list[str]]:
         for row in result["rows"]:
             key = (*workload(row), row["device"], row["target"], row["attention"], engine_name(row))
             if key not in newest or newest[key]["date"] <= row["date"]:
-                newest[key] = row
+                newest[key] = {**dict.fromkeys(LATER_KEYS), **row}
     if not newest:
         raise UserError("no rows in these files; run the benchmark with --json FILE on each device first")
     order = {found: i for i, found in enumerate(dict.fromkeys(workload(row) for row in newest.values()))}

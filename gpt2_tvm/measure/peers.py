@@ -95,12 +95,14 @@ class TransformersSubject:
     Args:
         path: the artifact's folder.
         scratch: an empty folder; the weights go through it as a Hugging Face checkpoint. The caller removes it.
+        threads: of the CPU; default what our engine takes.
     """
 
-    def __init__(self, path: str, scratch: str) -> None:
+    def __init__(self, path: str, scratch: str, threads: int | None = None) -> None:
         import torch
         import transformers
 
+        from gpt2_tvm.runners.threads import check_threads
         from gpt2_tvm.runners.vm import processor_name
         from gpt2_tvm.weights import write_hf_checkpoint
 
@@ -114,7 +116,7 @@ class TransformersSubject:
         }
         if not present[device]:
             raise UserError(f"--peer transformers: this torch ({torch.__version__}) has no {device} device")
-        torch.set_num_threads(physical_cores())
+        torch.set_num_threads(check_threads(threads))
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
         write_hf_checkpoint(scratch, self._artifact.config, artifact_weights(self._artifact))
@@ -124,6 +126,7 @@ class TransformersSubject:
         name = processor_name() if device == "cpu" else torch.cuda.get_device_name() if device == "cuda" else device
         self.facts = {
             "device": name,
+            "threads": torch.get_num_threads() if device == "cpu" else None,
             "attention": str(getattr(model.config, "_attn_implementation", "default")),
             "versions": {p: version(p) for p in ("torch", "transformers")},
         }
@@ -150,14 +153,3 @@ class TransformersSubject:
             end = time.perf_counter()
         tokens = torch.cat(steps, dim=1).tolist()
         return Sample(middle - start, end - middle, tuple(tuple(row) for row in tokens))
-
-
-def physical_cores() -> int:
-    """Cores that this process may use, hyper-threads not counted: what torch is fastest with."""
-    import os
-
-    import psutil
-
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    return max(1, min(cores, allowed))

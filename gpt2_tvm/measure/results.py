@@ -1,7 +1,7 @@
 """From samples to the rows and comparisons of a result file.
 
-A result is {"complete", "date", "bounds", "other_cores", "rows", "comparisons", "failures"}; `ROW_KEYS` are the keys of
-each row, to which the row of a peer adds "peer". Rates count the tokens of all sequences of a batch.
+A result is {"complete", "date", "bounds", "other_cores", "rows", "comparisons", "failures"}; a row's keys are
+`ROW_KEYS` and `LATER_KEYS`, to which the row of a peer adds "peer". Rates count the tokens of all sequences of a batch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ ROW_KEYS = (
     *("prefill_tok_s_mean", "decode_tok_s_mean", "ttft_ms", "decode_gb_s", "bound_gb_s", "bound_share"),
     *("peak_rss_mb", "device", "date", "versions"),
 )
+# Added since: results written before have no such keys, and are read as if they said None.
+LATER_KEYS = ("threads", "load_seconds", "prefill_gflop_s", "bound_gflop_s", "bound_gflop_share")
 
 Row = dict[str, Any]
 
@@ -46,14 +48,15 @@ def make_row(
     case: Case,
     samples: Sequence[Sample],
     facts: dict[str, Any],
-    bound: bounds.Bandwidth | None,
+    limits: bounds.Bounds,
     date: str,
     peer: str | None = None,
 ) -> Row:
     """One row: a case of an artifact, or of a peer with its weights.
 
     Medians under the plain key, the sample standard deviation under `_sd`, the mean under `_mean`. `ttft_ms`,
-    time to first token, is the median time of the prefill: its logits are on the host then.
+    time to first token, is the median time of the prefill: its logits are on the host then. `decode_gb_s` stands beside
+    `bound_gb_s`, and `prefill_gflop_s` beside `bound_gflop_s`; the shares are of these.
     """
     manifest = artifact.manifest
     prefill, decode = rates(case, samples)
@@ -63,6 +66,8 @@ def make_row(
         sizes, cache = bounds.float32_param_bytes(artifact.config), "float32"
     step = bounds.decode_step_bytes(artifact.config, sizes, cache, case)
     gb_s = step * median(decode) / case.batch / 1e9
+    gflop_s = bounds.prefill_flops(artifact.config, case) / median(s.prefill_s for s in samples) / 1e9
+    read, fma = limits.bandwidth, limits.arithmetic
     row = {
         "model": manifest["model"],
         "target": manifest["target"]["name"],
@@ -81,12 +86,17 @@ def make_row(
         "decode_tok_s_mean": fmean(decode),
         "ttft_ms": 1e3 * median(s.prefill_s for s in samples),
         "decode_gb_s": gb_s,
-        "bound_gb_s": bound.gb_s if bound else None,
-        "bound_share": gb_s / bound.gb_s if bound else None,
+        "bound_gb_s": read.gb_s if read else None,
+        "bound_share": gb_s / read.gb_s if read else None,
         "peak_rss_mb": samples[-1].peak_rss_mb,
         "device": facts["device"],
         "date": date,
         "versions": facts["versions"],
+        "threads": facts.get("threads"),
+        "load_seconds": facts.get("load_seconds"),
+        "prefill_gflop_s": gflop_s,
+        "bound_gflop_s": fma.gflop_s if fma else None,
+        "bound_gflop_share": gflop_s / fma.gflop_s if fma else None,
     }
     return row if peer is None else {**row, "peer": peer}
 

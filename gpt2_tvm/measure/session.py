@@ -5,13 +5,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gpt2_tvm.artifact import Artifact, open_artifact
+from gpt2_tvm.errors import UserError
 from gpt2_tvm.measure import bounds, peers, results
 from gpt2_tvm.measure.cases import Case, check_fits
+from gpt2_tvm.measure.machine import MachineBounds, MachineSubject
 from gpt2_tvm.measure.noise import OtherLoad
 from gpt2_tvm.measure.subjects import EngineSubject
 from gpt2_tvm.measure.timing import Samples, Say, run_rounds
@@ -27,7 +29,7 @@ class Session:
         cases: what is timed of each.
         repeats, warmups: rounds that are kept, and rounds before them that are not.
         peer: a name of `peers.PEERS`, or None.
-        device: as for `Engine`.
+        device, threads: as for `Engine`; peers and the machine's bounds get as many threads.
 
     Construction makes every check that needs nothing loaded and raises UserError. `run` times; `result` is
     what is known so far, at any time.
@@ -39,6 +41,7 @@ class Session:
     warmups: int = 1
     peer: str | None = None
     device: str | None = None
+    threads: int | None = None
     complete: bool = False
     failures: list[str] = field(default_factory=list)
 
@@ -53,7 +56,8 @@ class Session:
         self._workers: list[Worker] = []
         self._sources: list[tuple[Artifact, str | None]] = []  # a worker's artifact, and its name as a peer
         self._peer_of: dict[int, int] = {}  # index of an artifact's worker to that of its peer's
-        self._bounds: dict[str, bounds.Bandwidth | None] = {}  # a target's name to its bound
+        self._machine: Worker | None = None  # measures its own bounds, where an artifact's target does not state them
+        self._probes: MachineBounds | None = None
         self._other_cores: float | None = None
         self._date = results.now()
 
@@ -71,16 +75,33 @@ class Session:
         with ExitStack() as stack:
             try:
                 self._start(stack, say)
-                others = OtherLoad([worker.pid for worker in self._workers])
-                self.failures = run_rounds(self._workers, self.cases, self.repeats, self.warmups, self._samples, say)
+                others = OtherLoad([worker.pid for worker in self._processes])
+                look = self._look if self._machine is not None else None
+                failures = run_rounds(
+                    self._workers, self.cases, self.repeats, self.warmups, self._samples, say, each_round=look
+                )
+                self.failures += failures
                 self.complete = not self.failures
                 self._other_cores = others.cores()
             except BaseException:
-                for worker in self._workers:
+                for worker in self._processes:
                     worker.kill()
                 raise
-            for worker in self._workers:
+            for worker in self._processes:
                 worker.close()
+
+    @property
+    def _processes(self) -> list[Worker]:
+        return [*self._workers, *([self._machine] if self._machine is not None else [])]
+
+    def _look(self) -> None:
+        """Measure the machine once; if that fails, the rest goes on without."""
+        assert self._machine is not None and self._probes is not None
+        try:
+            self._probes.probes.append(self._machine.turn(self.cases[0]))
+        except UserError as error:
+            if str(error) not in self.failures:
+                self.failures.append(str(error))
 
     def _peer_keys(self) -> dict[str, int]:
         """Stored weights (by the digests of their files) to the first artifact that has them: one peer each."""
@@ -94,8 +115,10 @@ class Session:
     def _start(self, stack: ExitStack, say: Say) -> None:
         for artifact in self._artifacts:
             say(f"loading {artifact.path}", 0)
-            self._workers.append(Worker(str(artifact.path), EngineSubject, str(artifact.path), self.device))
+            worker = Worker(str(artifact.path), EngineSubject, str(artifact.path), self.device, self.threads)
+            self._workers.append(worker)
             self._sources.append((artifact, None))
+            worker.ready()  # one after another: how long each takes to load is measured
         workers_of_peers = {}
         for key, index in self._peer_keys().items():
             artifact = self._artifacts[index]
@@ -103,49 +126,51 @@ class Session:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpt2-tvm-peer-"))
             label = f"{self.peer} ({artifact.path})"
             workers_of_peers[key] = len(self._workers)
-            self._workers.append(Worker(label, peers.TransformersSubject, str(artifact.path), scratch))
+            self._workers.append(Worker(label, peers.TransformersSubject, str(artifact.path), scratch, self.threads))
             self._sources.append((artifact, self.peer))
-        for worker in self._workers:
-            worker.ready()
+        if any(a.kind == "cpu" and None in _parts(bounds.target_bounds(a)) for a in self._artifacts):
+            say("preparing to measure the machine's own bounds", 0)
+            self._machine = Worker("this machine's bounds", MachineSubject, self.threads)
+        for worker, (_, peer) in zip(self._workers, self._sources, strict=True):
+            if peer is not None:
+                worker.ready()
+        if self._machine is not None:
+            self._machine.ready()
+            self._probes = MachineBounds(self._machine.facts)
         for index, artifact in enumerate(self._artifacts):
             if self.peer is not None:
                 self._peer_of[index] = workers_of_peers[_weights_key(artifact)]
-            name = artifact.manifest["target"]["name"]
-            if name not in self._bounds:
-                self._bounds[name] = self._bound(artifact, say)
 
-    def _bound(self, artifact: Artifact, say: Say) -> bounds.Bandwidth | None:
-        """The target's peak; else for a CPU what is measured, once, while everything loaded is idle."""
-        stated = bounds.target_bandwidth(artifact)
-        if stated is not None or artifact.kind != "cpu":
+    def _bound(self, artifact: Artifact) -> bounds.Bounds:
+        """The target's peaks; for a CPU what they leave open as the machine measured it."""
+        stated = bounds.target_bounds(artifact)
+        if artifact.kind != "cpu" or self._probes is None:
             return stated
-        measured = [b for b in self._bounds.values() if b is not None and b.source.startswith("measured")]
-        if measured:
-            return measured[0]
-        say("measuring the memory's read bandwidth", 0)
-        return bounds.measure_read_bandwidth()
+        measured = self._probes.bounds()
+        return bounds.Bounds(stated.bandwidth or measured.bandwidth, stated.arithmetic or measured.arithmetic)
 
     def result(self) -> dict[str, Any]:
         """The result as in `results`: rows by case, each artifact followed by its peer."""
         rows, comparisons = [], []
+        limits = [self._bound(artifact) for artifact in self._artifacts]
         for case in self.cases:
             made: dict[int, results.Row] = {}
             for index, (artifact, peer) in enumerate(self._sources):
                 samples = self._samples.get((index, case))
                 if samples:
                     facts = self._workers[index].facts
-                    bound = self._bounds[artifact.manifest["target"]["name"]]
+                    bound = limits[self._artifacts.index(artifact)]
                     made[index] = results.make_row(artifact, case, samples, facts, bound, self._date, peer)
             rows += list(made.values())
             for ours, theirs in self._peer_of.items():
                 if ours in made and theirs in made:
                     mine, other = self._samples[ours, case], self._samples[theirs, case]
                     comparisons.append(results.make_comparison(made[ours], str(self.peer), case, mine, other))
-        stated = dict.fromkeys(b for b in self._bounds.values() if b is not None)
+        stated = dict.fromkeys(part for limit in limits for part in _parts(limit) if part is not None)
         return {
             "complete": self.complete,
             "date": self._date,
-            "bounds": [{"gb_s": b.gb_s, "source": b.source} for b in stated],
+            "bounds": [asdict(part) for part in stated],
             "other_cores": self._other_cores,
             "rows": rows,
             "comparisons": comparisons,
@@ -157,3 +182,7 @@ def _weights_key(artifact: Artifact) -> str:
     files = artifact.manifest["files"]
     digests = [files[name]["sha256"] for name in sorted(files) if name.startswith("params/")]
     return " ".join([artifact.kind, *digests])
+
+
+def _parts(limit: bounds.Bounds) -> tuple[bounds.Bandwidth | None, bounds.Arithmetic | None]:
+    return limit.bandwidth, limit.arithmetic

@@ -10,7 +10,7 @@ from typing import Any
 
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.measure.noise import BUSY_CORES
-from gpt2_tvm.measure.results import ROW_KEYS, Row
+from gpt2_tvm.measure.results import LATER_KEYS, ROW_KEYS, Row
 
 FORMATS = ("md", "csv", "json", "jsonl")
 
@@ -36,7 +36,9 @@ def render(result: dict[str, Any], format_: str) -> str:
 def _csv(rows: Sequence[Row]) -> str:
     """One column a key, `peer` last and empty for our own rows; `versions` as JSON in its cell."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, [*ROW_KEYS, "peer"], restval="", extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(
+        out, [*ROW_KEYS, *LATER_KEYS, "peer"], restval="", extrasaction="ignore", lineterminator="\n"
+    )
     writer.writeheader()
     for row in rows:
         writer.writerow({**row, "versions": json.dumps(row["versions"], sort_keys=True)})
@@ -72,9 +74,9 @@ def with_spread(row: Row, key: str) -> str:
     return f"{number(row[key])} ± {number(row[key + '_sd'], 2)}"
 
 
-def share(row: Row) -> str:
-    """The share of the bandwidth bound, in per cent."""
-    return "" if row["bound_share"] is None else f"{100 * row['bound_share']:.0f} %"
+def share(row: Row, key: str = "bound_share") -> str:
+    """A share of a bound (of the bandwidth, by default) in per cent; nothing where there is none."""
+    return "" if row.get(key) is None else f"{100 * row[key]:.0f} %"
 
 
 def engine_name(row: Row) -> str:
@@ -91,6 +93,8 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("prompt", lambda r: str(r["prompt_tokens"])),
     ("generate", lambda r: str(r["generate_tokens"])),
     ("prefill tok/s", lambda r: with_spread(r, "prefill_tok_s")),
+    ("GFLOP/s", lambda r: number(r.get("prefill_gflop_s"))),
+    ("of bound", lambda r: share(r, "bound_gflop_share")),
     ("first token ms", lambda r: number(r["ttft_ms"])),
     ("decode tok/s", lambda r: with_spread(r, "decode_tok_s")),
     ("GB/s", lambda r: number(r["decode_gb_s"])),
@@ -105,9 +109,13 @@ def _markdown(result: dict[str, Any]) -> str:
         return "Nothing was measured.\n"
     text = markdown_table([name for name, _ in _COLUMNS], [[cell(r) for _, cell in _COLUMNS] for r in rows], 4)
     repeats = sorted({row["repeats"] for row in rows})
-    text += f"\nMedian ± standard deviation of {' to '.join(map(str, repeats))} repeats on {rows[0]['device']}.\n"
+    threads = sorted({row["threads"] for row in rows if row.get("threads")})
+    on = f"{rows[0]['device']}" + (f", {' to '.join(map(str, threads))} threads" if threads else "")
+    text += f"\nMedian ± standard deviation of {' to '.join(map(str, repeats))} repeats on {on}.\n"
     for bound in result["bounds"]:
-        text += f"Bandwidth bound: {number(bound['gb_s'])} GB/s ({bound['source']}).\n"
+        what, unit, key = ("Bandwidth", "GB/s", "gb_s") if "gb_s" in bound else ("Arithmetic", "GFLOP/s", "gflop_s")
+        spread = f" ± {number(bound[key + '_sd'], 2)}" if bound.get(key + "_sd") else ""
+        text += f"{what} bound: {number(bound[key])}{spread} {unit} ({bound['source']}).\n"
     others = result["other_cores"]
     if others is not None and others > BUSY_CORES:
         text += f"Other programs kept {others:.1f} cores busy meanwhile: measure again on a quiet machine.\n"

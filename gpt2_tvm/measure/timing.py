@@ -35,12 +35,14 @@ def run_rounds(
     samples: Samples,
     say: Say = lambda what, turns: None,
     settle_s: float = SETTLE_S,
+    each_round: Callable[[], Any] | None = None,
 ) -> list[str]:
     """Run `warmups` rounds that are thrown away, then `repeats` rounds that are kept.
 
     Args:
         samples: filled as the turns end, by (index of the worker, case): an interrupt leaves what there is.
         say: called before each turn with what it is, and how many are done.
+        each_round: called at the beginning of each round that is kept (the machine's own bounds are measured there).
 
     Returns one line for each worker that failed; such a worker has no further turns, the others go on.
     """
@@ -48,6 +50,9 @@ def run_rounds(
     turns = 0
     for round_ in range(-warmups, repeats):
         name = f"round {round_ + 1} of {repeats}" if round_ >= 0 else "warm-up"
+        if each_round is not None and round_ >= 0:
+            time.sleep(settle_s)
+            each_round()
         for case in cases:
             for index, worker in enumerate(workers):
                 what = f"{worker.label}, {case.batch} x {case.prompt_tokens} + {case.generate_tokens} tokens"

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_tvm.errors import UserError
-from gpt2_tvm.measure.cases import Case, Sample
-from gpt2_tvm.measure.subjects import Subject
+from gpt2_tvm.measure.cases import Case
 
 STOP_S = 5.0  # how long a worker may take to end before it is ended
 
@@ -30,13 +29,13 @@ class Worker:
 
     Args:
         label: what to call it in messages.
-        factory: makes the subject there; a module-level class or function.
+        factory: makes the subject there (`measure.subjects.Subject`); a module-level class or function.
         arguments: for the factory; they are pickled.
 
     Starting does not wait: `ready` does, so that several can load at once.
     """
 
-    def __init__(self, label: str, factory: Callable[..., Subject], *arguments: Any) -> None:
+    def __init__(self, label: str, factory: Callable[..., Any], *arguments: Any) -> None:
         self.label = label
         self.facts: dict[str, Any] = {}
         # spawn, not fork: neither TVM's thread pool nor a GPU context survives a fork
@@ -57,8 +56,11 @@ class Worker:
         """Wait until the subject is loaded; its `facts` are here then. Raises UserError where it cannot be."""
         self.facts = self._receive()
 
-    def turn(self, case: Case) -> Sample:
-        """Have the subject run one case. Raises UserError if it fails or its process ends."""
+    def turn(self, case: Case) -> Any:
+        """Have the subject run one case -> its `Sample` (of the machine: a `Probe`).
+
+        Raises UserError if it fails or its process ends.
+        """
         with suppress(OSError):  # it ended since its last answer; _receive says how
             self._connection.send(case)
         return self._receive()
@@ -92,7 +94,7 @@ class Worker:
         return value
 
 
-def _serve(connection: Connection, factory: Callable[..., Subject], arguments: tuple[Any, ...]) -> None:
+def _serve(connection: Connection, factory: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """The child's life: make the subject, answer cases until told to stop or the parent is gone."""
     from gpt2_tvm.cli import describe
 

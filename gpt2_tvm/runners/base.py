@@ -14,6 +14,7 @@ class Runner(Protocol):
     """One artifact on one device. Calls are queued; `download` and `sync` wait for them."""
 
     device_name: str
+    threads: int | None  # of the CPU that run a parallel loop; None on another device
 
     def empty(self, shape: Sequence[int], dtype: str) -> Handle:
         """A zero-filled tensor."""

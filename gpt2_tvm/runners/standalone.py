@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="choose from the tokens that hold this probability")
     parser.add_argument("--seed", type=int, help="of the sampling")
     parser.add_argument("--device", help="such as cuda:1")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: one a physical core")
     parser.add_argument("--ids", action="store_true", help="print token ids instead of text")
     parser.add_argument("--benchmark", action="store_true", help="time prefill and decode")
     parser.add_argument("--prompt-tokens", type=int, default=322, help="prompt of the benchmark (%(default)s)")
@@ -84,7 +85,7 @@ def _generate(options: argparse.Namespace) -> None:
     from gpt2_tvm.errors import UserError
     from gpt2_tvm.tokenizer import load_tokenizer
 
-    engine = Engine(HERE / "artifact", options.device)
+    engine = Engine(HERE / "artifact", options.device, threads=options.threads)
     folder = engine.artifact.tokenizer
     tokenizer = load_tokenizer(folder) if folder else None
     if options.prompt_ids:
@@ -119,7 +120,7 @@ def _benchmark(options: argparse.Namespace) -> None:
 
     if options.repeats < 1 or options.prompt_tokens < 1 or options.max_tokens < 1:
         raise UserError("--repeats, --prompt-tokens and --max-tokens must be at least 1")
-    engine = Engine(HERE / "artifact", options.device)
+    engine = Engine(HERE / "artifact", options.device, threads=options.threads)
     generate = min(options.max_tokens, engine.max_seq_len - 1)
     length = min(options.prompt_tokens, engine.max_seq_len - generate)
     prompt = np.random.default_rng(0).integers(engine.config.vocab_size, size=length)
@@ -139,6 +140,7 @@ def _benchmark(options: argparse.Namespace) -> None:
         "model": manifest["model"],
         "target": manifest["target"]["name"],
         "device": engine.runner.device_name,
+        "threads": engine.threads,
         "quantization": manifest["quantization"],
         "batch": 1,
         "prompt_tokens": length,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import mmap
 import platform
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,21 @@ import numpy as np
 from gpt2_tvm.artifact import Artifact
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.runners.base import Handle
+from gpt2_tvm.runners.threads import check_threads, prepare_pools, use_threads
 from gpt2_tvm.tensor_cache import load_tensors
+
+UNTOUCHED_ELEMENTS = 1 << 18  # from here on a tensor is worth a mapping of its own
 
 
 class VmRunner:
-    """See `runners.base.Runner`."""
+    """See `runners.base.Runner`. threads: as for `Engine`."""
 
-    def __init__(self, artifact: Artifact, device: str | None = None) -> None:
+    def __init__(self, artifact: Artifact, device: str | None = None, threads: int | None = None) -> None:
         import tvm
         from tvm.runtime.vm import VirtualMachine
 
         self.device = _device(artifact, device)
+        self.threads = _pool(threads) if artifact.kind == "cpu" else None
         try:
             library = tvm.runtime.load_module(str(artifact.library))
             self._vm = VirtualMachine(library, self.device)
@@ -43,6 +48,8 @@ class VmRunner:
         self._tvm = tvm
 
     def empty(self, shape: Sequence[int], dtype: str) -> Handle:
+        if self.threads is not None and prod(shape) >= UNTOUCHED_ELEMENTS:
+            return _untouched(shape, dtype)
         return self._tvm.runtime.tensor(np.zeros(tuple(shape), dtype), self.device)
 
     def upload(self, tensor: Handle, array: np.ndarray) -> None:
@@ -52,6 +59,8 @@ class VmRunner:
         return tensor.numpy()
 
     def call(self, function: str, inputs: Sequence[Handle | Sequence[Handle]], with_params: bool = True) -> Any:
+        if self.threads is not None:  # pools are a calling thread's own, and another engine may have set this one
+            use_threads(self.threads)
         if function not in self._functions:
             self._functions[function] = self._vm[function]
         arguments = [self._tuple(x) if isinstance(x, list) else x for x in inputs]
@@ -62,6 +71,20 @@ class VmRunner:
 
     def sync(self) -> None:
         self.device.sync()
+
+    @property
+    def params(self) -> Any:
+        """The tuple of parameters that an exported function takes last: for the laboratory."""
+        return self._params
+
+
+def _untouched(shape: Sequence[int], dtype: str) -> Handle:
+    """Zeros on the CPU that take memory as they are first used, page by page: of a KV cache the slots in use."""
+    import tvm
+
+    nbytes = prod(shape) * tvm.DataType(dtype).itemsize
+    pages = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+    return tvm.runtime.from_dlpack(pages)._create_view(tuple(shape), dtype)
 
 
 def _device(artifact: Artifact, wanted: str | None) -> Any:
@@ -74,9 +97,6 @@ def _device(artifact: Artifact, wanted: str | None) -> Any:
         )
     if kind == "cpu":
         _check_cpu(artifact)
-        # TVM takes half the logical processors on x86, which halves a machine without hyper-threads. Read once, when
-        # the pool starts; a number that the user has set stands.
-        os.environ.setdefault("TVM_NUM_THREADS", str(physical_cores()))
         return tvm.cpu(0)
     if kind == "cuda":
         from gpt2_tvm.toolchains import cuda_runtime
@@ -107,15 +127,17 @@ def _check_cpu(artifact: Artifact) -> None:
         )
 
 
-def physical_cores() -> int:
-    """Physical cores that this process may use: a second hyper-thread adds nothing to loops that keep its core's units
-    busy."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        import psutil
-    except ImportError:  # a packed bundle brings numpy alone
-        return allowed
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+def _pool(wanted: int | None) -> int:
+    """Set up this thread's pool -> how many threads it runs."""
+    threads = check_threads(wanted)
+    prepare_pools()
+    found = use_threads(threads)
+    if wanted is not None and found < threads:
+        raise UserError(
+            f"--threads {threads}: TVM already runs {found} in this process; "
+            f"load the engine with the most threads first, or set TVM_NUM_THREADS={threads}"
+        )
+    return found
 
 
 def processor_name() -> str:

@@ -67,6 +67,7 @@ class WgpuRunner:
         self._shaders = parse_wgsl(source.read_text(encoding="utf-8"))
         self._device = _open(device)
         self.device_name = self._device.name
+        self.threads: int | None = None
         self._params = self._upload_params(artifact)
         self._bound: dict[str, tuple[Key, _Bound]] = {}
         self._scratch: list[Any] = []  # memory between kernels, shared by all functions: they run one after another

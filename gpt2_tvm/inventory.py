@@ -125,6 +125,11 @@ def _extent_text(extent: Any) -> Text:
     return to_text(extent, lambda node: str(node.name) if isinstance(node, tirx.Var) else None)
 
 
+def launch_shapes(func: tirx.PrimFunc) -> list[tuple[list[Text], list[Text]]]:
+    """(grid, block) of each device kernel of a scheduled PrimFunc, in the order in which it launches them."""
+    return _nests(func)
+
+
 def _nests(func: tirx.PrimFunc) -> list[tuple[list[Text], list[Text]]]:
     """(grid, block) of each device kernel of a scheduled PrimFunc: of each outermost loop that is bound to threads."""
     nests: list[dict[str, Text]] = []

@@ -18,6 +18,7 @@ from gpt2_tvm.config import GPT2Config
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.kernels.math import activation
 from gpt2_tvm.schedules.gemv_config import GemvConfig, stock_config
+from gpt2_tvm.schedules.registry import make_rules
 from gpt2_tvm.schedules.tunable_gemv import TunableGemv
 from targets import load_target, specialise
 
@@ -147,6 +148,9 @@ def test_a_partial_tile_does_not_write_past_the_end(epilogue: str) -> None:
     theirs = dlight.gpu.GEMV().apply(func, device, False)
     if not epilogue:
         assert "< 131" not in last_store(theirs.mod["main"]), "TVM has mended it: the guard can go"
+    ((_, shipped),) = make_rules(["gemv"], load_target("h200"))
+    (kernel,) = shipped.apply(func, device, False).mod.functions.values()
+    assert "< 131" in last_store(kernel), "the rule that compile uses has the guard"
 
 
 def test_stock_values_are_those_of_each_kind() -> None:

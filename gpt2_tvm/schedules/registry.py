@@ -1,8 +1,11 @@
-"""Schedule rules by name, and sets of rules as users write them: full, stock, baseline, only-x, without-x, or a
-list."""
+"""Schedule rules by name, and sets of rules as users write them: full, stock, baseline, only-x, without-x,
+with-x, or a list."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
 STOCK_GPU = ("matmul", "gemv", "reduction", "general-reduction", "fallback")
 STOCK_CPU = ("dlight-cpu-gemv", "dlight-cpu-reduction")
+OUTSIDE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:Class, a rule that is not ours
 
 
 def _gpu(name: str) -> Callable[[DeviceTarget], Any]:
@@ -27,22 +31,27 @@ def _gpu(name: str) -> Callable[[DeviceTarget], Any]:
     return make
 
 
-class _DeclinesWhereItFails:
-    """DLight's GEMV accepts some batched products (p·V of materialised attention on Metal) and then fails to unpack
-    their loops; here it declines them, so that the next rule can take the function."""
+class _MendedGemv:
+    """DLight's GEMV without two defects of TVM 0.27. It accepts some batched products (p·V of materialised attention on
+    Metal) and then fails to unpack their loops; here it declines them, so that the next rule can take the function. And
+    where nothing follows the product its last block writes past the end of the result (`tunable_gemv`): there the same
+    schedule is used with a guard."""
 
     def __init__(self, rule: ScheduleRule) -> None:
         self.rule = rule
 
     def apply(self, func: Any, target: Any, tunable: bool) -> Any:
+        from gpt2_tvm.schedules.tunable_gemv import TunableGemv, overruns
+
         try:
-            return self.rule.apply(func, target, tunable)
+            found = self.rule.apply(func, target, tunable)
         except ValueError:
             return None
+        return TunableGemv().apply(func, target, tunable) if found is not None and overruns(func, target) else found
 
 
 def _gemv(target: DeviceTarget) -> Any:
-    return _DeclinesWhereItFails(_gpu("GEMV")(target))
+    return _MendedGemv(_gpu("GEMV")(target))
 
 
 def _dlight_cpu(name: str) -> Callable[[DeviceTarget], Any]:
@@ -57,19 +66,19 @@ def _dlight_cpu(name: str) -> Callable[[DeviceTarget], Any]:
 def _cpu_matmul(target: DeviceTarget) -> ScheduleRule:
     from gpt2_tvm.schedules.cpu_matmul import CpuMatmul
 
-    return CpuMatmul(target.layout)
+    return CpuMatmul(target)
 
 
 def _cpu_gemv(target: DeviceTarget) -> ScheduleRule:
     from gpt2_tvm.schedules.cpu_gemv import CpuGemv
 
-    return CpuGemv(target.layout)
+    return CpuGemv(target)
 
 
 def _cpu_reduction(target: DeviceTarget) -> ScheduleRule:
     from gpt2_tvm.schedules.cpu_reduction import CpuReduction
 
-    return CpuReduction(target.layout)
+    return CpuReduction(target)
 
 
 RULES: dict[str, Callable[[DeviceTarget], Any]] = {
@@ -90,19 +99,28 @@ def rule_set(text: str, target: DeviceTarget) -> tuple[str, ...]:
     """Rule names, in order, that `text` means on `target`.
 
     full: the target's list · stock: DLight's own · baseline: Fallback alone (no rule on a CPU) · only-x: x and Fallback
-    · without-x: full less x · a,b,c: these (Fallback is added on GPUs, where every function must be bound to threads).
+    · without-x: full less x · with-x: x, then full · a,b,c: these (Fallback is added on GPUs, where every function must
+    be bound to threads). x may be several rules, joined by +. A rule of somebody else's is written module:Class.
     """
     full = tuple(target.rules)
     gpu = target.kind != "cpu"
     last = ("fallback",) if gpu else ()
-    choices = "full, stock, baseline, only-RULE, without-RULE, or a comma list of " + ", ".join(RULES)
+    choices = "full, stock, baseline, only-RULE, without-RULE, with-RULE, or a comma list of " + ", ".join(RULES)
 
     def known(name: str) -> str:
+        if OUTSIDE.fullmatch(name):
+            return name
         if name not in RULES:
             raise UserError(f"unknown rule {name!r} in --rules {text}; choose {choices}")
         if gpu == name.startswith(("cpu-", "dlight-cpu-")):
             raise UserError(f"rule {name!r} is not for {target.kind} targets; this target has {', '.join(full)}")
         return name
+
+    def several(names: str, separator: str) -> tuple[str, ...]:
+        found = tuple(dict.fromkeys(known(part.strip()) for part in names.split(separator) if part.strip()))
+        if not found:
+            raise UserError(f"--rules {text!r} names no rule; choose {choices}")
+        return found
 
     if text == "full":
         return full
@@ -110,19 +128,18 @@ def rule_set(text: str, target: DeviceTarget) -> tuple[str, ...]:
         return STOCK_GPU if gpu else STOCK_CPU
     if text == "baseline":
         return last
-    if text.startswith("only-"):
-        name = known(text.removeprefix("only-"))
-        return (name,) if name in last else (name, *last)
     if text.startswith("without-"):
-        name = known(text.removeprefix("without-"))
-        if name in last:
+        less = several(text.removeprefix("without-"), "+")
+        if set(less) & set(last):
             raise UserError(
                 f"--rules {text}: Fallback stays on {target.kind} targets, else functions are left unbound to threads"
             )
-        return tuple(r for r in full if r != name)
-    names = tuple(known(part.strip()) for part in text.split(",") if part.strip())
-    if not names:
-        raise UserError(f"--rules is empty; choose {choices}")
+        return tuple(r for r in full if r not in less)
+    if text.startswith("with-"):
+        more = several(text.removeprefix("with-"), "+")
+        return (*more, *(r for r in full if r not in more))
+    only = text.startswith("only-")
+    names = several(text.removeprefix("only-"), "+") if only else several(text, ",")
     return names if set(last) <= set(names) else (*names, *last)
 
 
@@ -136,5 +153,22 @@ class Hit:
 
 
 def make_rules(names: Sequence[str], target: DeviceTarget) -> list[tuple[str, ScheduleRule]]:
-    """The rules themselves, in order."""
-    return [(name, RULES[name](target)) for name in names]
+    """The rules themselves, in order. UserError where a module:Class cannot be imported or made."""
+    return [(name, RULES[name](target) if name in RULES else _outside(name, target)) for name in names]
+
+
+def _outside(name: str, target: DeviceTarget) -> Any:
+    """The rule of somebody else's that `name`, module:Class, stands for; made with the target if it takes one."""
+    module, _, attribute = name.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), attribute)
+        takes_one = any(
+            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+            for p in inspect.signature(make).parameters.values()
+        )
+        return make(target) if takes_one else make()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"rule {name} cannot be made ({error}); it is imported as MODULE and called as MODULE.CLASS, with the "
+            "target if it takes an argument: is its folder on PYTHONPATH?"
+        ) from error

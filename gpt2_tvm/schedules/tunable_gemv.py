@@ -91,6 +91,15 @@ class TunableGemv(GPUScheduleRule):
         return _Stages(sch, match, config, target, split).run()
 
 
+def overruns(func: tirx.PrimFunc, target: Target) -> bool:
+    """Whether dl.gpu.GEMV of TVM 0.27, which accepts `func`, gives it a kernel that writes past the end of y."""
+    match = match_gemv(s_tir.Schedule(func))
+    if match is None or match.epilogue is not None or match.row is not None:
+        return False
+    config = stock_config(target, match.outputs, match.reduced, match.grouped)
+    return match.outputs is None or match.outputs % (config.ts * config.tile_s) != 0
+
+
 def _without_shuffles(sch: s_tir.Schedule, target: Target) -> None:
     """A target with warps of one thread makes TVM reduce through shared memory."""
     attributes = {**dict(target.export()), "thread_warp_size": 1}

@@ -1,10 +1,12 @@
 """GPT-2's matrix products on this CPU, each beside the machine's own bound and beside torch, in one run.
 
-    python benchmarks/cpu_kernels.py [--prompt-tokens 322] [--quantization q0f32] [--repeats 9] [--json FILE]
+    python benchmarks/cpu_kernels.py [--rows 1,4,12] [--prompt-tokens 322] [--quantization q0f32,q16f32,q8f32]
+        [--repeats 9] [--json FILE]
 
-One row of x is bound by reading the weight: GB/s, and the share of what a loop reaches that only adds up memory. Many
-rows are bound by multiply-adds: GFLOP/s, and the share of what a loop of multiply-adds on registers alone reaches. Both
-loops are TVM's, on as many threads as everything else. Weights are cold: there are more copies of each than the caches
+Few rows of x are bound by reading the weight: GB/s, and the share of what a loop reaches that only adds up memory. Many
+rows are bound by multiply-adds: GFLOP/s, and the share of what a loop of multiply-adds on registers alone reaches; the
+bound shown is the nearer one. Both loops are TVM's, on as many threads as everything else. torch has float32 weights
+where a scheme computes in float32. Weights are cold: there are more copies of each than the caches
 hold, as in a model whose layers follow one another. All take turns within a repeat, so that a slow moment of the
 machine hits all alike, with a pause before each turn: pools of threads spin for a while after their last work, on cores
 that the next engine needs. Figures are medians.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,15 +30,12 @@ from typing import Annotated, Any
 import typer
 
 from gpt2_tvm.cli import run, write_json
+from gpt2_tvm.measure import loops
 from gpt2_tvm.measure.timing import SETTLE_S
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 COLD_BYTES = 192 << 20  # of copies of one weight: beyond any L3
-READ_BYTES = 256 << 20
-READ_SUMS = 4
-FMA_STEPS = 1_000_000
-FMA_ROWS = 8  # rows of two vectors: 16 sums side by side hide the latency of a multiply-add
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Case:
     """A layer at a number of rows, and one callable an engine that runs it on the i-th copy of its weight."""
 
     layer: Layer
+    scheme: str
     rows: int
     weight_bytes: int
     copies: int
@@ -85,6 +86,7 @@ def build_layer(layer: Layer, rows: int, scheme: Any, target: Any) -> Any:
     from gpt2_tvm.passes.apply_rules import apply_rules
     from gpt2_tvm.pipeline import FUSE
     from gpt2_tvm.quantization.layers import Linear, Matrix
+    from gpt2_tvm.schedules.cpu_matmul import GEMV_ROWS
     from gpt2_tvm.schedules.registry import make_rules
 
     class Wrapped(nn.Module):
@@ -97,7 +99,8 @@ def build_layer(layer: Layer, rows: int, scheme: Any, target: Any) -> Any:
                 return self.layer.product(x)
             return self.layer(x, activation=layer.activation, residual=residual if layer.residual else None)
 
-    length: Any = rows if rows == 1 else "n"
+    few = rows <= GEMV_ROWS
+    length: Any = rows if few else "n"
     shapes = {"x": (1, length, layer.k), "residual": (1, length, layer.n)}
     spec = {"forward": {k: nn.spec.Tensor(s, scheme.compute_dtype) for k, s in shapes.items()}}
     mod, _ = Wrapped().export_tvm(spec)
@@ -106,47 +109,56 @@ def build_layer(layer: Layer, rows: int, scheme: Any, target: Any) -> Any:
     (func,) = [f for _, f in mod.functions_items() if isinstance(f, tirx.PrimFunc)]
     mod = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
     scheduled, hits = apply_rules(mod, make_rules(target.rules, target), target.tvm_target())
-    assert hits[0].rule == ("cpu-gemv" if rows == 1 else "cpu-matmul"), hits
+    assert hits[0].rule == ("cpu-gemv" if few else "cpu-matmul"), hits
     return tvm.compile(scheduled, target=target.tvm_target())["main"]
 
 
-def make_case(layer: Layer, rows: int, scheme: Any, target: Any, with_torch: bool) -> Case:
-    """Weights, inputs and engines for one line of the table."""
+def cold_weights(layer: Layer, scheme: Any, target: Any) -> list[Any]:
+    """Copies of a layer's weight as the scheme stores it, 1/32 everywhere, more than caches hold."""
     import numpy as np
     import tvm
 
     from gpt2_tvm.build import weight_layout
 
+    unit = np.full((layer.n, layer.k), 1 if scheme.scaled else 1 / 32, scheme.weight_dtype)
+    stored = weight_layout(target).store(unit)
+    return [tvm.runtime.tensor(stored) for _ in range(max(2, -(-COLD_BYTES // stored.nbytes)))]
+
+
+def make_case(layer: Layer, rows: int, scheme: Any, target: Any, weights: list[Any], torch_weights: list[Any]) -> Case:
+    """Inputs and engines for one line of the table; without `torch_weights` torch takes no turns."""
+    import numpy as np
+    import tvm
+
     rng = np.random.default_rng(0)
-    stored = weight_layout(target).store(np.ones((layer.n, layer.k), scheme.weight_dtype) / 32)
-    copies = max(2, -(-COLD_BYTES // stored.nbytes))
+    copies = len(weights)
 
     def random(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(scheme.compute_dtype)
 
     x, bias, residual = random(1, rows, layer.k), random(layer.n), random(1, rows, layer.n)
     function = build_layer(layer, rows, scheme, target)
-    given = [bias] * layer.bias + [residual] * layer.residual
+    scales = np.full(layer.n, 1 / 32, np.float32)
+    given = [scales] * scheme.scaled + [bias] * layer.bias + [residual] * layer.residual
     tensors = [tvm.runtime.tensor(a) for a in (x, *given)]
     out = tvm.runtime.tensor(np.empty((1, rows, layer.n), scheme.compute_dtype if layer.bias else "float32"))
-    weights = [tvm.runtime.tensor(stored) for _ in range(copies)]
     engines: dict[str, Callable[[int], Any]] = {"tvm": lambda i: function(tensors[0], weights[i], *tensors[1:], out)}
-    if with_torch:
-        engines["torch"] = torch_layer(layer, copies, x, bias, residual)
-    return Case(layer, rows, layer.n * layer.k * stored.itemsize, copies, engines)
+    if torch_weights:
+        engines["torch"] = torch_layer(layer, torch_weights, x, bias, residual)
+    item = np.dtype(scheme.weight_dtype).itemsize
+    return Case(layer, scheme.name, rows, layer.n * layer.k * item, copies, engines)
 
 
-def torch_layer(layer: Layer, copies: int, x: Any, bias: Any, residual: Any) -> Callable[[int], Any]:
+def torch_layer(layer: Layer, weights: list[Any], x: Any, bias: Any, residual: Any) -> Callable[[int], Any]:
     """The same layer in torch, eager, as transformers runs it."""
     import torch
     from torch.nn import functional
 
     given, b, r = (torch.from_numpy(a) for a in (x, bias, residual))
-    weights = [torch.full((layer.n, layer.k), 1 / 32, dtype=given.dtype) for _ in range(copies)]
 
     def call(i: int) -> Any:
         with torch.no_grad():
-            y = functional.linear(given, weights[i], b if layer.bias else None)
+            y = functional.linear(given, weights[i % len(weights)], b if layer.bias else None)
             y = functional.gelu(y, approximate="tanh") if layer.activation else y
             return y + r if layer.residual else y
 
@@ -160,78 +172,16 @@ def _compiled(func: Any, target: Any) -> Callable[..., Any]:
     return library["main"]
 
 
-def read_loop(target: Any, threads: int) -> tuple[Callable[[], Any], int]:
-    """A call that adds up memory, each thread its own part in two streams; and the bytes that it reads."""
-    import numpy as np
-    import tvm
-    from tvm.script import tirx as T
-
-    lanes = (target.limits.vector_bits or 128) // 32
-    step = READ_SUMS * lanes
-    steps = READ_BYTES // (4 * threads * 2 * step)
-
-    # fmt: off
-    @T.prim_func(s_tir=True)
-    def main(x: T.Buffer((threads, 2, steps, step), "float32"), out: T.Buffer((threads, step), "float32")):
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
-        for t in T.parallel(threads):
-            sums = T.alloc_buffer((READ_SUMS, lanes), "float32", scope="local")
-            for r in T.unroll(READ_SUMS):
-                for v in T.vectorized(lanes):
-                    sums[r, v] = T.float32(0)
-            for i in T.serial(steps):
-                for r in T.unroll(READ_SUMS):
-                    for v in T.vectorized(lanes):
-                        sums[r, v] = sums[r, v] + (x[t, 0, i, r * lanes + v] + x[t, 1, i, r * lanes + v])
-            for r in T.unroll(READ_SUMS):
-                for v in T.vectorized(lanes):
-                    out[t, r * lanes + v] = sums[r, v]
-    # fmt: on
-
-    call = _compiled(main, target)
-    x = tvm.runtime.tensor(np.ones((threads, 2, steps, step), np.float32))
-    out = tvm.runtime.tensor(np.zeros((threads, step), np.float32))
-    return lambda: call(x, out), 4 * threads * 2 * step * steps
+def read_loop(target: Any, threads: int) -> tuple[Callable[[], Any], float]:
+    """A call that adds up memory, and the bytes that it reads."""
+    found = loops.read_loop(threads, target=target)
+    return found.run, found.amount
 
 
-def fma_loop(target: Any, threads: int) -> tuple[Callable[[], Any], int]:
-    """A call that does nothing but multiply-adds on vector registers, on every thread; and its FLOPs."""
-    import numpy as np
-    import tvm
-    from tvm.script import tirx as T
-
-    lanes = (target.limits.vector_bits or 128) // 32
-
-    # fmt: off
-    @T.prim_func(s_tir=True)
-    def main(
-        x: T.Buffer((1,), "float32"),
-        out: T.Buffer((threads, FMA_ROWS, 2 * lanes), "float32"),
-        steps: T.int64,
-    ):
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
-        for t in T.parallel(threads):
-            a = T.alloc_buffer((FMA_ROWS, lanes), "float32", scope="local")
-            b = T.alloc_buffer((FMA_ROWS, lanes), "float32", scope="local")
-            for r in T.unroll(FMA_ROWS):
-                for v in T.vectorized(lanes):
-                    a[r, v] = T.float32(0)
-                    b[r, v] = T.float32(0)
-            for _ in T.serial(steps):
-                for r in T.unroll(FMA_ROWS):
-                    for v in T.vectorized(lanes):
-                        a[r, v] = a[r, v] * x[0] + x[0]
-                        b[r, v] = b[r, v] * x[0] + x[0]
-            for r in T.unroll(FMA_ROWS):
-                for v in T.vectorized(lanes):
-                    out[t, r, v] = a[r, v]
-                    out[t, r, lanes + v] = b[r, v]
-    # fmt: on
-
-    call = _compiled(main, target)
-    x = tvm.runtime.tensor(np.full(1, 0.5, np.float32))
-    out = tvm.runtime.tensor(np.zeros((threads, FMA_ROWS, 2 * lanes), np.float32))
-    return lambda: call(x, out, FMA_STEPS), 2 * threads * FMA_ROWS * 2 * lanes * FMA_STEPS
+def fma_loop(target: Any, threads: int) -> tuple[Callable[[], Any], float]:
+    """A call that does nothing but multiply-adds on vector registers, and its floating-point operations."""
+    found = loops.fma_loop(threads, target=target)
+    return found.run, found.amount
 
 
 def launch_us(target: Any, threads: int) -> float:
@@ -291,6 +241,7 @@ def report(cases: list[Case], rates: dict[str, list[float]]) -> list[dict[str, A
             rows.append(
                 {
                     "layer": case.layer.name,
+                    "quantization": case.scheme,
                     "rows": case.rows,
                     "k": case.layer.k,
                     "n": case.layer.n,
@@ -300,7 +251,7 @@ def report(cases: list[Case], rates: dict[str, list[float]]) -> list[dict[str, A
                     "time_us_best": min(times) * 1e6,
                     "gb_s": gb_s,
                     "gflop_s": gflop_s,
-                    "bound_share": gb_s / read if case.rows == 1 else gflop_s / fma,
+                    "bound_share": max(gb_s / read, gflop_s / fma),
                 }
             )
     return rows
@@ -311,13 +262,14 @@ def print_table(rows: list[dict[str, Any]], rates: dict[str, list[float]], launc
     from rich.table import Table
 
     table = Table(title=f"{threads} threads; one parallel loop costs {launch:.1f} us")
-    for name in ("layer", "rows", "engine", "us", "sd", "GB/s", "GFLOP/s", "bound"):
-        table.add_column(name, justify="left" if name in ("layer", "engine") else "right", no_wrap=True)
+    for name in ("layer", "weights", "rows", "engine", "us", "sd", "GB/s", "GFLOP/s", "bound"):
+        left = name in ("layer", "weights", "engine")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for r in rows:
         name = f"{r['layer'].removeprefix('attn.').removeprefix('mlp.')} {r['k']}x{r['n']}"
         figures = [f"{r[key]:.1f}" for key in ("time_us", "time_us_sd", "gb_s", "gflop_s")]
-        table.add_row(name, str(r["rows"]), r["engine"], *figures, f"{r['bound_share']:.0%}")
-    console = Console()
+        table.add_row(name, r["quantization"], str(r["rows"]), r["engine"], *figures, f"{r['bound_share']:.0%}")
+    console = Console(width=None if sys.stdout.isatty() else 110)  # 80 would cut the columns of a file
     console.print(table)
     for name, values in rates.items():
         console.print(f"{name}: median {statistics.median(values):.1f}, best {max(values):.1f}")
@@ -325,8 +277,11 @@ def print_table(rows: list[dict[str, Any]], rates: dict[str, list[float]], launc
 
 @app.command()
 def main(
-    prompt_tokens: Annotated[int, typer.Option(min=2, help="Rows of x in prefill's products.")] = 322,
-    quantization: Annotated[str, typer.Option(help="How weights are stored and computed with.")] = "q0f32",
+    rows: Annotated[str, typer.Option(help="Rows of x in decode's products: batch sizes, at most 16.")] = "1,4,12",
+    prompt_tokens: Annotated[int, typer.Option(min=17, help="Rows of x in prefill's products.")] = 322,
+    quantization: Annotated[str, typer.Option(help="How weights are stored and computed with.")] = (
+        "q0f32,q16f32,q8f32"
+    ),
     repeats: Annotated[int, typer.Option(min=1, help="Turns of every engine.")] = 9,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each engine [physical cores].")] = None,
     torch: Annotated[bool, typer.Option(help="Whether torch takes turns too, where it is installed.")] = True,
@@ -340,7 +295,10 @@ def main(
     threads = threads or psutil.cpu_count(logical=False) or 1
     os.environ["TVM_NUM_THREADS"] = str(threads)  # read once, when the pool starts; TVM's default is half of the CPUs
 
+    from gpt2_tvm.errors import UserError
+    from gpt2_tvm.measure.cases import parse_sizes
     from gpt2_tvm.quantization import get_scheme
+    from gpt2_tvm.schedules.cpu_matmul import GEMV_ROWS
     from targets import load_target
 
     with_torch = torch and find_spec("torch") is not None
@@ -348,23 +306,37 @@ def main(
         import torch as torch_module
 
         torch_module.set_num_threads(threads)
-    target, scheme = load_target("cpu"), get_scheme(quantization)
-    decode = [make_case(layer, 1, scheme, target, with_torch) for layer in LAYERS]
-    prefill = [make_case(layer, prompt_tokens, scheme, target, with_torch) for layer in LAYERS[:-1]]
+    target, schemes = load_target("cpu"), [get_scheme(name) for name in quantization.split(",")]
+    batches = parse_sizes("--rows", rows)
+    if max(batches) > GEMV_ROWS:
+        raise UserError(f"--rows {rows}: decode's kernel takes up to {GEMV_ROWS} rows; more are --prompt-tokens")
+    sizes = [(layer, n) for n in batches for layer in LAYERS] + [(layer, prompt_tokens) for layer in LAYERS[:-1]]
+    cases = []
+    for layer in LAYERS:
+        theirs = {}  # torch's copies, by dtype
+        for scheme in schemes:
+            weights = cold_weights(layer, scheme, target)
+            if with_torch and scheme.compute_dtype not in theirs:
+                shape, dtype = (layer.n, layer.k), getattr(torch_module, scheme.compute_dtype)
+                count = max(2, -(-COLD_BYTES // (layer.n * layer.k * dtype.itemsize)))
+                theirs[scheme.compute_dtype] = [torch_module.full(shape, 1 / 32, dtype=dtype) for _ in range(count)]
+            beside = theirs.get(scheme.compute_dtype, [])
+            cases += [make_case(l, n, scheme, target, weights, beside) for l, n in sizes if l is layer]
+    cases.sort(key=lambda case: case.rows)  # stable
     read, read_bytes = read_loop(target, threads)
     multiply_add, flops = fma_loop(target, threads)
     bounds: dict[str, Callable[[], float]] = {
         "read_gb_s": lambda: read_bytes / seconds(read) / 1e9,
         "fma_gflop_s": lambda: flops / seconds(multiply_add) / 1e9,
     }
-    rates = measure(decode + prefill, bounds, repeats)
+    rates = measure(cases, bounds, repeats)
     launch = launch_us(target, threads)
-    rows = report(decode + prefill, rates)
-    print_table(rows, rates, launch, threads)
+    table = report(cases, rates)
+    print_table(table, rates, launch, threads)
     if json is not None:
         medians = {name: statistics.median(values) for name, values in rates.items()}
         write_json(
-            json, {"threads": threads, "quantization": quantization, "launch_us": launch, **medians, "rows": rows}
+            json, {"threads": threads, "quantization": quantization, "launch_us": launch, **medians, "rows": table}
         )
 
 

@@ -17,8 +17,9 @@ from gpt2_tvm.artifact import SCORE_ROWS, write_manifest
 from gpt2_tvm.checkpoint import ModelSource, resolve_model
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.files import replacing_folder, require_room
-from gpt2_tvm.quantization import Scheme, get_scheme
+from gpt2_tvm.quantization import SCHEMES, Scheme, get_scheme
 from gpt2_tvm.schedules.registry import rule_set
+from gpt2_tvm.schedules.tuned import Tuned, load_tuned
 from gpt2_tvm.toolchains import tensor_intrin
 from targets import DeviceTarget, load_target, specialise
 
@@ -56,6 +57,7 @@ class Plan:
     batch_sizes: tuple[int, ...]
     verify_widths: tuple[int, ...]
     max_seq_len: int
+    tuned: Tuned | None = None
 
 
 def make_plan(
@@ -67,9 +69,16 @@ def make_plan(
     batch_sizes: Sequence[int] = (1,),
     max_seq_len: int | None = None,
     verify_widths: Sequence[int] = VERIFY_WIDTHS,
+    tuned: Tuned | None = None,
 ) -> Plan:
     """Check every choice and resolve the defaults; UserError names the one that is wrong."""
     scheme = get_scheme(quantization)
+    if scheme.widened and target.layout.weight != "packed":
+        plain = " or ".join(s.name for s in SCHEMES.values() if not s.widened)
+        raise UserError(
+            f"--quantization {scheme.name} is for CPU targets, whose kernels widen packed weights; "
+            f"for {target.name} choose {plain}"
+        )
     if attention not in ATTENTION:
         raise UserError(f"unknown attention {attention!r}; choose {' or '.join(ATTENTION)}")
     if not batch_sizes or any(not 1 <= b <= MAX_BATCH for b in batch_sizes):
@@ -91,6 +100,7 @@ def make_plan(
         tuple(sorted(set(batch_sizes))),
         widths,
         capacity,
+        tuned,
     )
 
 
@@ -139,17 +149,14 @@ def lower_plan(plan: Plan, dump_ir: Path | None = None) -> tuple[Lowered, list[s
         "score": {"b": batch, "n": min(SCORE_ROWS, plan.max_seq_len)},
         "softmax_with_temperature": {"b": batch},
     }
-    return lower(mod, plan.target, plan.rules, bounds, dump_ir), names
+    return lower(mod, plan.target, plan.rules, bounds, dump_ir, plan.tuned), names
 
 
 def stored_weights(source: ModelSource, plan: Plan) -> Any:
     """(name, array as stored) for each parameter, streaming: one tensor in memory at a time."""
-    from gpt2_tvm.weights import iter_weights
+    from gpt2_tvm.quantization.storage import stored_parameters
 
-    layout = weight_layout(plan.target)
-    for name, array in iter_weights(source, plan.scheme.weight_dtype):
-        is_matrix = array.ndim == 2 and name != "transformer.wpe.weight"
-        yield name, layout.store(array) if is_matrix else array
+    return stored_parameters(source, plan.scheme, weight_layout(plan.target))
 
 
 def versions() -> dict[str, str]:
@@ -200,15 +207,14 @@ def compile_model(
     Returns the artifact's folder. Raises UserError for anything the user can mend.
     """
     say = progress or (lambda what, share: None)
-    if tuned is not None:
-        raise UserError(
-            "--tuned needs a schedule file made by tuning.apply, which this version does not have yet; leave it out"
-        )
     device = specialise(load_target(target))
+    points = load_tuned(Path(tuned), device.name) if tuned is not None else None
     source = resolve_model(str(model), seed=seed)
     if source.note:
         say(source.note, 0.0)
-    plan = make_plan(source.config, device, quantization, rules, attention, batch_sizes, max_seq_len, verify_widths)
+    plan = make_plan(
+        source.config, device, quantization, rules, attention, batch_sizes, max_seq_len, verify_widths, points
+    )
     final = Path(output) if output else Path("artifacts") / f"{source.name}-{plan.scheme.name}-{device.name}"
     with replacing_folder(final) as work:
         seconds = _write(work, source, plan, Path(dump_ir) if dump_ir else None, say)
@@ -264,7 +270,7 @@ def _write(work: Path, source: ModelSource, plan: Plan, dump_ir: Path | None, sa
         "layout": asdict(weight_layout(plan.target)),
         "rules": list(plan.rules),
         "attention": plan.attention,
-        "tuned": None,
+        "tuned": plan.tuned.to_json() if plan.tuned is not None else None,
         "batch_sizes": list(plan.batch_sizes),
         "verify_widths": list(plan.verify_widths),
         "max_seq_len": plan.max_seq_len,

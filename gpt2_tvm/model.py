@@ -142,21 +142,21 @@ class GPT2Model(nn.Module):
     def embed(self, ids: Tensor, rows: Rows) -> Tensor:
         """[b, n] int32 -> [b, n, E]: the token's row plus its position's (positions[b] + t, or + its depth in a
         tree)."""
-        element = self.wte.layout.element
+        table = self.wte.parameters_of_rows()
 
-        def embed(
-            ids: te.Tensor, wte: te.Tensor, wpe: te.Tensor, positions: te.Tensor, *depths: te.Tensor
-        ) -> te.Tensor:
+        def embed(ids: te.Tensor, *inputs: te.Tensor) -> te.Tensor:
+            wte, (wpe, positions, *depths) = inputs[: len(table)], inputs[len(table) :]
+
             def value(i: tirx.Var, t: tirx.Var, e: tirx.Var) -> tirx.Expr:
                 offset = depths[0][i, t] if depths else t.astype("int32")
                 # padding rows may lie past the context; they must still read inside the table
                 place = tirx.min(positions[i] + offset, tirx.const(self.n_positions - 1, "int32"))
-                return element(wte, ids[i, t], e).astype(self.dtype) + wpe[place, e]
+                return self.wte.row_element(wte, ids[i, t], e, self.dtype) + wpe[place, e]
 
             return te.compute((*ids.shape, self.n_embd), value, name="embedding")
 
         depths = [rows.depths] if rows.depths is not None else []
-        return op.tensor_expr_op(embed, "embed", [ids, self.wte.weight, self.wpe.weight, rows.positions, *depths])
+        return op.tensor_expr_op(embed, "embed", [ids, *table, self.wpe.weight, rows.positions, *depths])
 
     def forward(self, ids: Tensor, caches: list[Tensor], rows: Rows) -> Tensor:
         """[b, n] int32 -> hidden states [b, n, E], before the last LayerNorm."""

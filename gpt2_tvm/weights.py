@@ -94,7 +94,7 @@ def iter_weights(source: ModelSource, dtype: str | None = None) -> Iterator[tupl
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if source.random:
         for name, shape in expected_tensors(source.config).items():
-            yield name, _convert(name, random_tensor(source.config, name, shape, source.seed), dtype)
+            yield name, convert(name, random_tensor(source.config, name, shape, source.seed), dtype)
         return
     if source.folder is None:
         raise ValueError(f"model source {source.name!r} has neither a folder nor random weights")
@@ -102,7 +102,7 @@ def iter_weights(source: ModelSource, dtype: str | None = None) -> Iterator[tupl
     for name in expected_tensors(source.config):
         array = _read(stored[name])
         _check_finite(name, array, stored[name].file)
-        yield name, _convert(name, array.T if name.endswith(_CONV1D) else array, dtype)
+        yield name, convert(name, array.T if name.endswith(_CONV1D) else array, dtype)
 
 
 def random_tensor(config: GPT2Config, name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
@@ -240,7 +240,11 @@ def _check_finite(name: str, array: np.ndarray, file: Path) -> None:
         raise UserError(f"{name} in {file} holds NaN or infinity; the checkpoint is damaged or its training diverged")
 
 
-def _convert(name: str, array: np.ndarray, dtype: str | None) -> np.ndarray:
+def convert(name: str, array: np.ndarray, dtype: str | None) -> np.ndarray:
+    """`array` as `dtype` ("float32", "float16", "bfloat16"; None: as it is), C-contiguous, a copy only where needed.
+
+    Raises UserError, with the tensor's name, for values that float16 cannot hold.
+    """
     target = array.dtype if dtype is None else DTYPES[dtype]
     if target == np.float16 and array.dtype != np.float16:
         low, high = _bounds(array)
@@ -286,7 +290,7 @@ def write_hf_checkpoint(
                     raise ValueError(f"{name} of shape {array.shape} does not fit the configuration, or came twice")
                 missing.remove(name)
                 file.seek(len(header) + offsets[name])
-                stored = _convert(name, array.T if name.endswith(_CONV1D) else array, dtype)
+                stored = convert(name, array.T if name.endswith(_CONV1D) else array, dtype)
                 file.write(stored.reshape(-1).view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,43 @@ def cpu_family(families: Sequence[DeviceTarget]) -> DeviceTarget | None:
     return None
 
 
+def caches_kib() -> dict[str, int]:
+    """The data caches of this machine's smallest core, in KiB: "l1_kib", and "l2_kib" (its share of a shared one).
+
+    Only what the system tells: Linux in /sys; macOS through sysctl, for the slower cores where there are two kinds.
+    """
+    if platform.system() == "Linux":
+        return linux_caches_kib(SYS)
+    if platform.system() != "Darwin":
+        return {}
+    slow = "hw.perflevel1" if _sysctl("hw.perflevel1.l1dcachesize") else "hw"
+    sharers = max(1, _number(_sysctl(f"{slow}.cpusperl2")))
+    found = {
+        "l1_kib": _number(_sysctl(f"{slow}.l1dcachesize")) // 1024,
+        "l2_kib": _number(_sysctl(f"{slow}.l2cachesize")) // sharers // 1024,
+    }
+    return {name: size for name, size in found.items() if size}
+
+
+def linux_caches_kib(sys: Path) -> dict[str, int]:
+    """`caches_kib` from what Linux shows under `sys` (/sys); containers and virtual machines may show nothing."""
+    found: dict[str, int] = {}
+    for cpu in (sys / "devices" / "system" / "cpu").glob("cpu[0-9]*"):
+        threads = 1  # of this core: those that share its L1
+        for index in sorted((cpu / "cache").glob("index*")):
+            level, kind = _text(index / "level"), _text(index / "type")
+            size = _number(_text(index / "size").removesuffix("K"))
+            if kind not in ("Data", "Unified") or level not in ("1", "2") or not size:
+                continue
+            mask = _text(index / "shared_cpu_map").replace(",", "")
+            sharers = bin(int(mask, 16)).count("1") if re.fullmatch(r"[0-9a-f]+", mask) else 1
+            if level == "1":
+                threads = sharers
+            size = size * threads // max(threads, sharers)
+            found[f"l{level}_kib"] = min(found.get(f"l{level}_kib", size), size)
+    return found
+
+
 def native_attributes() -> dict[str, Any]:
     """LLVM's name for this CPU ("mcpu") and each feature that it has or lacks ("mattr"). Imports TVM.
 
@@ -162,6 +200,10 @@ def _text(path: Path) -> str:
         return path.read_text().strip()
     except OSError:
         return ""
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdigit() else 0
 
 
 def _sysctl(name: str) -> str:

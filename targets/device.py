@@ -21,6 +21,10 @@ class Limits:
         storage_binding_bytes: the largest buffer that a kernel can be given, in bytes (WebGPU).
         vector_bits: width of the CPU's vector registers, in bits.
         vector_registers: how many of them there are.
+        l1_kib: the level-1 data cache of a core, in KiB.
+        l2_kib: the level-2 cache that a core has to itself, or its share of one, in KiB.
+        prefetch_bytes: how far ahead of its loads a core that streams memory should ask for it: a few times its
+            bandwidth multiplied by the memory's latency.
     """
 
     threads_per_block: int | None = None
@@ -28,6 +32,9 @@ class Limits:
     storage_binding_bytes: int | None = None
     vector_bits: int | None = None
     vector_registers: int | None = None
+    l1_kib: int | None = None
+    l2_kib: int | None = None
+    prefetch_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def _parse(path: Path) -> DeviceTarget:
         family := detect.cpu_family([load_target(known) for known in ("x86-64-v4", "x86-64-v3", "apple-m", "arm64")])
     ):
         limits, layout = family.limits, family.layout
+    if native:
+        limits = replace(limits, **detect.caches_kib())
     target = DeviceTarget(
         name=name,
         kind=kind,
@@ -145,7 +148,8 @@ def _limits(top: reader.Table, kind: str) -> Limits:
     table = top.table("limits", required=True)
     assert table is not None
     if kind == "cpu":
-        limits = Limits(vector_bits=table.count("vector_bits"), vector_registers=table.count("vector_registers"))
+        sizes = ("vector_bits", "vector_registers", "l1_kib", "l2_kib", "prefetch_bytes")
+        limits = Limits(**{size: table.count(size) for size in sizes})
     else:
         limits = Limits(
             threads_per_block=table.count("threads_per_block"),

@@ -30,6 +30,7 @@ def cpu_with(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr("platform.system", lambda: system)
         monkeypatch.setattr("platform.machine", lambda: machine)
         monkeypatch.setattr(detect, "host_features", lambda: features)
+        monkeypatch.setattr(detect, "caches_kib", dict)  # of that one nothing is known
 
     return pretend
 
@@ -269,6 +270,28 @@ def test_hidden_features_are_not_used(cpu_with, monkeypatch: pytest.MonkeyPatch,
     attributes = {**load_target("cpu").tvm_attributes(), "mtriple": "x86_64-unknown-linux-gnu"}
     assembly = tvm.compile(schedule.mod, tvm.target.Target(attributes)).mod.inspect_source("asm")
     assert next(name for name in ("zmm", "ymm") if name in assembly) == register
+
+
+def test_caches_of_the_smallest_core(tmp_path: Path) -> None:
+    """Two hyper-threads of a large core; two small cores, one with a smaller L1, that share an L2 of 2 MiB."""
+    cores = {0: (48, 2048, "3", "3"), 1: (48, 2048, "3", "3"), 2: (64, 2048, "4", "c"), 3: (32, 2048, "8", "c")}
+    for cpu, (l1, l2, l1_map, l2_map) in cores.items():
+        levels = [("1", "Data", l1, l1_map), ("1", "Instruction", 16, l1_map), ("2", "Unified", l2, l2_map)]
+        for index, (level, kind, size, sharing) in enumerate([*levels, ("3", "Unified", 32768, "f")]):
+            folder = tmp_path / "devices" / "system" / "cpu" / f"cpu{cpu}" / "cache" / f"index{index}"
+            folder.mkdir(parents=True)
+            values = {"level": level, "type": kind, "size": f"{size}K", "shared_cpu_map": f"00000000,0000000{sharing}"}
+            for name, value in values.items():
+                (folder / name).write_text(f"{value}\n")
+    assert detect.linux_caches_kib(tmp_path) == {"l1_kib": 32, "l2_kib": 1024}
+    assert detect.linux_caches_kib(tmp_path / "absent") == {}
+
+
+def test_the_native_cpu_has_this_machines_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detect, "caches_kib", lambda: {"l1_kib": 96})
+    native = load_target("cpu")
+    assert native.limits.l1_kib == 96 and native.limits.l2_kib  # what is not told: the family's
+    assert load_target("x86-64-v3").limits.l1_kib == 32
 
 
 def test_cpuinfo() -> None:

@@ -54,17 +54,3 @@ def packed_matmul(x: te.Tensor, w: te.Tensor, out_features: int) -> te.Tensor:
         return te.sum(x[i, t, k].astype("float32") * element.astype("float32"), axis=k)
 
     return te.compute((b, n, out_features), product, name="packed_matmul")
-
-
-def packed_take(w: te.Tensor, ids: te.Tensor, dtype: str) -> te.Tensor:
-    """Rows `ids` [b, n] int32 of the weight in w [P, K, NR] -> [b, n, K] of `dtype`: the token table of a tied head.
-
-    Ids are not checked here: one outside [0, P * NR) reads outside the table.
-    """
-    panel_rows = w.shape[2]
-
-    def element(i: tirx.Var, t: tirx.Var, k: tirx.Var) -> Any:
-        row = ids[i, t]
-        return w[tirx.floordiv(row, panel_rows), k, tirx.floormod(row, panel_rows)].astype(dtype)
-
-    return te.compute((*ids.shape, w.shape[1]), element, name="packed_take")

@@ -7,7 +7,7 @@ one row or many.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,28 +36,46 @@ class WeightLayout:
         """[n, k] -> the stored array."""
         return pack(weight, self.panel_rows) if self.panel_rows else np.ascontiguousarray(weight)
 
-    def element(self, table: te.Tensor, row: tirx.Expr, column: tirx.Expr) -> tirx.Expr:
-        """Element [row, column] of the matrix that `table` stores."""
+    def element(self, stored: te.Tensor, row: tirx.Expr, column: tirx.Expr) -> tirx.Expr:
+        """Element [row, column] of the matrix that `stored` holds."""
         if self.panel_rows:
-            return table[row // self.panel_rows, column, row % self.panel_rows]
-        return table[row, column]
+            return stored[row // self.panel_rows, column, row % self.panel_rows]
+        return stored[row, column]
 
 
 class Matrix(nn.Module):
-    """A stored weight [out_features, in_features] and its product; no bias."""
+    """A stored weight [out_features, in_features], with its scales where the scheme has them, and its product; no bias.
+
+    Used as the token table too: `parameters_of_rows` and `row_element`.
+    """
 
     def __init__(self, in_features: int, out_features: int, scheme: Scheme, layout: WeightLayout) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.layout = layout
         self.weight = nn.Parameter(layout.shape(out_features, in_features), scheme.weight_dtype)
+        if scheme.scaled:
+            self.weight_scale = nn.Parameter([out_features], "float32")
+        self.scaled = scheme.scaled
 
     def product(self, x: Tensor) -> Tensor:
-        """[b, n, K] -> [b, n, N] float32."""
+        """[b, n, K] -> [b, n, N] float32. A scale multiplies the finished sum, once an output."""
         if not self.layout.panel_rows:
             return op.matmul(x, op.permute_dims(self.weight), out_dtype="float32")
         out_features = self.out_features
-        return op.tensor_expr_op(lambda x, w: packed_matmul(x, w, out_features), "packed_matmul", [x, self.weight])
+        y = op.tensor_expr_op(lambda x, w: packed_matmul(x, w, out_features), "packed_matmul", [x, self.weight])
+        return op.multiply(y, self.weight_scale) if self.scaled else y
+
+    def parameters_of_rows(self) -> list[Tensor]:
+        """What `row_element` needs as arguments of the function that it is used in."""
+        return [self.weight, self.weight_scale] if self.scaled else [self.weight]
+
+    def row_element(self, parameters: Sequence[te.Tensor], row: tirx.Expr, column: tirx.Expr, dtype: str) -> tirx.Expr:
+        """Element [row, column] of the matrix as `dtype`, dequantised."""
+        element = self.layout.element(parameters[0], row, column)
+        if not self.scaled:
+            return element.astype(dtype)
+        return (element.astype("float32") * parameters[1][row]).astype(dtype)
 
 
 class Linear(Matrix):

@@ -30,27 +30,24 @@ from tvm.script import tirx as T
 from tvm.target import Target
 
 from gpt2_tvm.kernels.math import Expr, loads, rewrite, static, uses
-from gpt2_tvm.schedules.cpu_reduction import (
+from gpt2_tvm.schedules.blocking import Blocking
+from gpt2_tvm.schedules.stages import (
     Buffer,
     Loop,
     Stage,
     alloc,
     bind,
-    layout_value,
     loop,
     read_stages,
     row_count,
     row_indices,
     scheduled,
-    simd_lanes,
     takes,
     vector_loop,
 )
 
-GEMV_ROWS = 8  # up to here, and known at compile time: memory-bound, `cpu_gemv.py`
+GEMV_ROWS = 16  # up to here, and known at compile time: memory-bound, `cpu_gemv.py`
 GROUP_ROWS = 512  # rows packed at a time: bounds the copy to 512 * K floats whatever the prompt's length
-# Caches of a target that does not say: the smallest L1 and L2 among the processors of the last ten years
-L1_KIB, L2_KIB = 32, 512
 
 
 @dataclass(frozen=True)
@@ -68,14 +65,10 @@ class Tiling:
     block_tiles: int
 
     @staticmethod
-    def of(layout: Any, target: Target, rows: int, k_extent: int) -> Tiling:
-        """For weights in panels of `rows`; `layout` may name simd_bits, tile_rows, l1_kib and l2_kib."""
-        lanes = simd_lanes(layout, target)
-        while rows % lanes:
-            lanes //= 2
-        tile_rows = layout_value(layout, "tile_rows") or 6
-        l1 = 1024 * (layout_value(layout, "l1_kib") or L1_KIB)
-        l2 = 1024 * (layout_value(layout, "l2_kib") or L2_KIB)
+    def of(blocking: Blocking, rows: int, k_extent: int) -> Tiling:
+        """For weights in panels of `rows`."""
+        lanes = blocking.lanes_in(rows)
+        l1, l2, tile_rows = 1024 * blocking.l1_kib, 1024 * blocking.l2_kib, blocking.tile_rows
         blocks = -(-k_extent // max(1, l1 * 3 // 4 // (4 * rows)))
         k_block = -(-k_extent // blocks)
         tiles = min(l2 // 2 // (4 * k_block * tile_rows), l1 // 2 // (4 * rows * tile_rows))
@@ -98,6 +91,11 @@ class PackedMatmul:
     product: Buffer
     epilogue: tuple[Stage, ...]
     outputs: tuple[Buffer, ...]
+
+    @property
+    def panel_rows(self) -> int:
+        """NR"""
+        return int(self.weight.shape[2])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -184,23 +182,23 @@ def _follows(stage: Stage, product: Stage, stages: Sequence[Stage]) -> bool:
     )
 
 
-def emit_epilogue(m: PackedMatmul, tiling: Tiling, row: Expr, panel: Expr, total: Callable[[Expr], Expr]) -> None:
+def emit_epilogue(m: PackedMatmul, lanes: int, row: Expr, panel: Expr, total: Callable[[Expr], Expr]) -> None:
     """Store one row of one panel, columns below N only: `total(c)` is the product at the panel's column c."""
     n, _ = m.shape
-    full, tail = divmod(n, tiling.rows)
+    full, tail = divmod(n, m.panel_rows)
 
     def columns(count: int) -> None:
         at_row = row_indices(row, m.row_loops)
-        place, first = [at_row[l.var] for l in m.row_loops], panel * tiling.rows
+        place, first = [at_row[l.var] for l in m.row_loops], panel * m.panel_rows
         values: dict[Buffer, Callable[[Expr], Expr]] = {m.product: total}  # by column of the panel
 
         def store(buffer: Buffer, value: Callable[[Expr], Expr]) -> None:
             """buffer := value; what only the epilogue reads goes to a copy of this row and panel."""
             if buffer in m.outputs:
-                vector_loop("c", count, tiling.lanes, lambda c: T.buffer_store(buffer, value(c), [*place, first + c]))
+                vector_loop("c", count, lanes, lambda c: T.buffer_store(buffer, value(c), [*place, first + c]))
                 return
-            copy = alloc(buffer.name, [tiling.rows], buffer.dtype)
-            vector_loop("c", count, tiling.lanes, lambda c: T.buffer_store(copy, value(c), [c]))
+            copy = alloc(buffer.name, [m.panel_rows], buffer.dtype)
+            vector_loop("c", count, lanes, lambda c: T.buffer_store(copy, value(c), [c]))
             values[buffer] = lambda c: tirx.BufferLoad(copy, [c])
 
         def evaluate(stage: Stage, known: dict[Buffer, Callable[[Expr], Expr]], c: Expr) -> Expr:
@@ -215,13 +213,13 @@ def emit_epilogue(m: PackedMatmul, tiling: Tiling, row: Expr, panel: Expr, total
             store(stage.buffer, partial(evaluate, stage, dict(values)))
 
     if not tail:
-        columns(tiling.rows)
+        columns(m.panel_rows)
     elif not full:
         columns(tail)
     else:
         with T.If(panel < full):
             with T.Then():
-                columns(tiling.rows)
+                columns(m.panel_rows)
             with T.Else():
                 columns(tail)
 
@@ -231,13 +229,13 @@ def _at_column(value: Callable[[Expr], Expr], c: Expr, indices: list[Expr]) -> E
 
 
 class CpuMatmul(dlight.ScheduleRule):
-    """`packed_matmul` with a number of rows that is symbolic or above 8, and its epilogue.
+    """`packed_matmul` with a number of rows that is symbolic or above 16, and its epilogue.
 
-    layout: the target's; `tile_rows` (MR), and where it names them `simd_bits`, `l1_kib` and `l2_kib`.
+    processor: see `Blocking.of`.
     """
 
-    def __init__(self, layout: Any = None) -> None:
-        self.layout = layout
+    def __init__(self, processor: Any = None) -> None:
+        self.processor = processor
 
     def apply(self, func: tirx.PrimFunc, target: Target, tunable: bool) -> s_tir.Schedule | None:
         # Step 1. Recognise the product
@@ -245,7 +243,7 @@ class CpuMatmul(dlight.ScheduleRule):
         if m is None or (static(m.rows) or GEMV_ROWS + 1) <= GEMV_ROWS:
             return None
         # Step 2. Block sizes from the target
-        tiling = Tiling.of(self.layout, target, int(m.weight.shape[2]), m.shape[1])
+        tiling = Tiling.of(Blocking.of(self.processor, target), m.panel_rows, m.shape[1])
         # Step 3. Groups of rows: pack, then tiles
         tiles = _ceil(m.rows, tiling.tile_rows)
         group_tiles = _ceil(GROUP_ROWS, tiling.tile_rows)
@@ -255,7 +253,7 @@ class CpuMatmul(dlight.ScheduleRule):
                 first = bind("first_tile", group * group_tiles)
                 count = bind("tiles", tirx.min(T.int64(group_tiles), tiles - first))
                 shape = [tirx.min(T.int64(group_tiles), tiles), m.shape[1], tiling.tile_rows]
-                packed = alloc("x_packed", shape, "float32", "global")
+                packed = alloc("x_packed", shape, "float32")
                 _pack_rows(m, tiling, packed, first, count)
                 _multiply(m, tiling, packed, first, count)
 
@@ -282,9 +280,9 @@ def _multiply(m: PackedMatmul, tiling: Tiling, packed: Buffer, first: Expr, coun
         panel = bind("panel", task % panels)
         start = bind("start", task // panels * block_tiles)
         stop = bind("stop", tirx.min(start + block_tiles, count))
-        sums = alloc("sums", [tiling.block_tiles * mr, nr], "float32", "global")
+        sums = alloc("sums", [tiling.block_tiles * mr, nr], "float32")
         wide = m.weight.dtype != "float32"
-        w = alloc("w_block", [tiling.k_block, nr], "float32", "global") if wide else m.weight
+        w = alloc("w_block", [tiling.k_block, nr], "float32") if wide else m.weight
         with loop(T.serial, "k_outer", _ceil(k_extent, tiling.k_block)) as k_outer:
             k_first = bind("k_first", k_outer * tiling.k_block)
             k_count = bind("k_count", tirx.min(T.int64(tiling.k_block), k_extent - k_first))
@@ -304,7 +302,7 @@ def _multiply(m: PackedMatmul, tiling: Tiling, packed: Buffer, first: Expr, coun
                 )
         row_first = bind("row_first", (first + start) * mr)
         with loop(T.serial, "row", tirx.min((stop - start) * mr, m.rows - row_first)) as row:
-            emit_epilogue(m, tiling, row_first + row, panel, lambda c: tirx.BufferLoad(sums, [row, c]))
+            emit_epilogue(m, tiling.lanes, row_first + row, panel, lambda c: tirx.BufferLoad(sums, [row, c]))
 
 
 def _micro_kernel(

@@ -1,0 +1,301 @@
+"""`python -m tuning.ablation`: rule sets compiled, checked and timed beside each other, on any device."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gpt2_tvm import cli
+from gpt2_tvm.errors import UserError
+
+if TYPE_CHECKING:
+    from targets import DeviceTarget
+    from tuning.ablation_run import Ablation
+    from tuning.ablation_work import Job
+    from tuning.variants import Variant
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+FOLDER = Path("artifacts/ablation")
+RUNNERS = ("auto", "vm", "wgpu")
+
+
+@app.command()
+def main(
+    model: Annotated[str, typer.Option(help="As for compile: a folder, a hub id, 'bundled', or a preset.")] = "gpt2",
+    target: Annotated[str, typer.Option(help="A name from compile --list-targets, or a TOML file.")] = "cpu",
+    quantization: Annotated[str, typer.Option(help="How weights are stored and computed with.")] = "q0f32",
+    attention: Annotated[
+        str, typer.Option(help="flash: our kernels. materialized: matmul and softmax for the rules, as in the study.")
+    ] = "flash",
+    sets: Annotated[
+        str | None,
+        typer.Option(
+            help="These rule sets, with commas between: baseline, stock, full, only-RULE, without-RULE, with-RULE "
+            "(several rules: a+b). Default: each rule alone and each left out."
+        ),
+    ] = None,
+    full_factorial: Annotated[
+        bool, typer.Option("--full-factorial", help="Every subset of the rules: main effects and interactions.")
+    ] = False,
+    rule: Annotated[
+        list[str] | None, typer.Option(metavar="MODULE:CLASS", help="A rule of yours as one more; may be repeated.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds; in each every set has one turn.")] = 5,
+    budget: Annotated[
+        float, typer.Option(help="Seconds of timing after which a slow set leaves the rounds (3 at least).")
+    ] = 20.0,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 322,
+    generate: Annotated[int, typer.Option(help="Tokens to decode after it.")] = 64,
+    records: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The result as JSON, a row a set; beside it the journal from which a run is taken up. "
+            "Default: artifacts/ablation/MODEL-QUANTIZATION-TARGET-ATTENTION.json.",
+        ),
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the speedups here, as PNG and as SVG.")
+    ] = None,
+    format_: Annotated[str, typer.Option("--format", help="What to print: md, csv or json.")] = "md",
+    compare: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Also list the functions that moved between two sets.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds for compiling a set, loading it, checking it, and for each turn.")
+    ] = 300.0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew; else a run goes on where it stopped.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Measure nothing: print what the records hold.")] = False,
+    static: Annotated[
+        bool, typer.Option("--static", help="Without a device: the compile-time half, by tuning.static.")
+    ] = False,
+    reference: Annotated[
+        str,
+        typer.Option(
+            help="What logits are compared with: transformers, cpu (our engine), or auto, the first there is."
+        ),
+    ] = "auto",
+    device: Annotated[str | None, typer.Option(help='"cuda:1", say; default: the first of the target\'s kind.')] = None,
+    runner: Annotated[
+        str, typer.Option(help="vm: TVM's virtual machine. wgpu: WGSL through wgpu. auto: as the target needs.")
+    ] = "auto",
+    tracker: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Measure on a machine behind this TVM RPC tracker.")
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="That machine's key at the tracker.")] = None,
+    alive: Annotated[
+        int | None, typer.Option(help="Engines in memory at once. Default: what half of the free memory holds.")
+    ] = None,
+    functions: Annotated[
+        bool,
+        typer.Option(
+            "--functions/--no-functions", help="Time each function of the plain sets too: shares of the time."
+        ),
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+) -> None:
+    """Measure what each schedule rule does: alone, left out, and in every combination.
+
+    Each set is compiled and timed in processes of its own with a time limit. One that raises, hangs, crashes or
+    computes something else is a row that says so. Every sample is on the disk before the next is taken: a run that
+    was killed goes on where it stopped when the same command is given again.
+
+    \b
+    Examples:
+      python -m tuning.ablation --model bundled
+      python -m tuning.ablation --model bundled --target webgpu --full-factorial --figure ablation.png
+      python -m tuning.ablation --target rtx-4090 --attention materialized --compare baseline,only-gemv
+    """
+    from tuning.ablation_figure import files_of
+    from tuning.ablation_tables import check_format
+    from tuning.ablation_work import Job
+
+    check_format(format_)
+    if repeats < 1 or timeout <= 0 or budget < 0 or (alive is not None and alive < 1):
+        raise UserError(f"--repeats {repeats} --timeout {timeout:g} --budget {budget:g}: repeats and timeout above 0")
+    pair = _pair(compare)
+    if figure is not None:
+        _check_writable("--figure", files_of(figure)[0])
+    plan = _Plan(model, target, quantization, attention, seed, sets, full_factorial, tuple(rule or ()), runner)
+    for name in pair or ():
+        if name not in [variant.name for variant in plan.variants]:
+            raise UserError(f"--compare {compare}: {name} is not among the sets; name it with --sets too")
+    if static:
+        _static(plan, Job(model, target, quantization, attention, seed), timeout, format_)
+        return
+    file = records or FOLDER / f"{plan.source.name}-{quantization}-{plan.target.name}-{attention}.json"
+    _check_writable("--records", file)
+    if report:
+        _show(plan.recorded(file), format_, pair, None, figure)
+        return
+    from tuning.ablation_run import Ablation
+
+    where = _where(plan.target, device, tracker, key)
+    job = Job(model, target, quantization, attention, seed, prompt_tokens, generate, where, str(FOLDER / "cache"))
+    run = Ablation(
+        job,
+        plan.source,
+        plan.target,
+        plan.variants,
+        journal_of(file),
+        repeats,
+        budget,
+        timeout,
+        reference,
+        alive,
+        [variant.name for variant in plan.plain] if functions else (),
+        fresh,
+    )
+    if plan.source.note:
+        print(f"note: {plan.source.note}", file=sys.stderr)
+    _run(run, plan, file, format_, pair, figure)
+
+
+class _Plan:
+    """The choices of a command line, checked and resolved."""
+
+    def __init__(
+        self,
+        model: str,
+        target: str,
+        quantization: str,
+        attention: str,
+        seed: int,
+        sets: str | None,
+        full_factorial: bool,
+        extra: Sequence[str],
+        runner: str,
+    ) -> None:
+        from gpt2_tvm.build import make_plan
+        from gpt2_tvm.checkpoint import resolve_model
+        from targets import load_target, specialise
+        from tuning.variants import variants
+
+        self.target: DeviceTarget = specialise(load_target(target))
+        wanted = "wgpu" if self.target.kind == "webgpu" else "vm"
+        if runner not in RUNNERS:
+            raise UserError(f"unknown --runner {runner!r}; choose {', '.join(RUNNERS)}")
+        if runner not in ("auto", wanted):
+            raise UserError(f"--runner {runner} cannot run code for {self.target.name}; that takes {wanted}")
+        names = None if sets is None else [name.strip() for name in sets.split(",") if name.strip()]
+        if names == []:
+            raise UserError("--sets names no rule set; leave it out for all, or give baseline,full, say")
+        self.extra = tuple(extra)
+        self.plain: list[Variant] = variants(self.target, names, False, self.extra)
+        self.variants: list[Variant] = variants(self.target, names, full_factorial, self.extra)
+        self.source = resolve_model(model, seed=seed)
+        make_plan(self.source.config, self.target, quantization, "full", attention)  # refuses what it does not know
+
+    def result(self, journal: Any) -> dict[str, Any]:
+        from tuning.ablation_results import result
+
+        return result(journal, self.variants, self.target, self.extra)
+
+    def recorded(self, file: Path) -> dict[str, Any]:
+        """What the records hold: of the journal where there is one, else of the result that was kept without it."""
+        import json
+
+        from tuning.ablation_records import Journal
+
+        if not journal_of(file).exists() and file.is_file():
+            try:
+                kept = json.loads(file.read_text(encoding="utf-8"))
+                if {"identity", "rows", "effects", "functions"} <= set(kept):
+                    return dict(kept)
+            except (ValueError, TypeError):
+                pass
+            raise UserError(f"{file} is no result of tuning.ablation; give another --records")
+        return self.result(Journal.read(journal_of(file)))
+
+
+def journal_of(file: Path) -> Path:
+    """The journal that stands beside a result."""
+    return file.with_suffix(".journal.jsonl")
+
+
+def _where(target: DeviceTarget, device: str | None, tracker: str | None, key: str | None) -> str | None:
+    """The device as `Engine` takes it."""
+    if (tracker is None) != (key is None):
+        raise UserError("--tracker HOST:PORT and --key KEY go together: give both, or neither")
+    if tracker is None:
+        return device
+    if device is not None:
+        raise UserError(f"--device {device} and --tracker {tracker}: give one of them; a worker has one device")
+    if target.kind == "webgpu":
+        raise UserError("--tracker: TVM's RPC workers cannot run webgpu; run this where the device is")
+    return f"rpc://{tracker}/{key}"
+
+
+def _pair(compare: str | None) -> tuple[str, str] | None:
+    if compare is None:
+        return None
+    parts = [part.strip() for part in compare.split(",")]
+    if len(parts) != 2 or not all(parts):
+        raise UserError(f"--compare {compare}: give two sets with a comma between, such as baseline,full")
+    return parts[0], parts[1]
+
+
+def _check_writable(option: str, file: Path) -> None:
+    """Refuse now what could not be written after minutes of timing."""
+    folder = next(parent for parent in file.absolute().parents if parent.exists())
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{option} {file} cannot be written there; choose a file in a folder of yours")
+
+
+def _run(
+    run: Ablation, plan: _Plan, file: Path, format_: str, pair: tuple[str, str] | None, figure: Path | None
+) -> None:
+    """Measure, print, write. What an interrupted run has measured stays in the journal."""
+    from gpt2_tvm.compile import progress_on_stderr
+    from tuning.ablation_records import Journal
+
+    journal = run.records
+    if file.is_file() and not journal.exists() and not run.fresh:
+        raise UserError(
+            f"{file} is there without its journal ({journal.name}), from which a run is taken up; give another "
+            "--records, look at it with --report, or replace it with --fresh"
+        )
+    try:
+        with progress_on_stderr() as say:
+            measured = run.run(say)
+    except KeyboardInterrupt:
+        if journal.exists():
+            print(f"what was measured is in {journal}; the same command again goes on from there", file=sys.stderr)
+        raise
+    _show(plan.result(Journal.read(measured.path)), format_, pair, file, figure)
+
+
+def _show(
+    result: dict[str, Any], format_: str, pair: tuple[str, str] | None, file: Path | None, figure: Path | None
+) -> None:
+    from tuning.ablation_figure import draw
+    from tuning.ablation_tables import render
+
+    sys.stdout.write(render(result, format_, pair))  # first: a disk that is full now must not cost the figures
+    sys.stdout.flush()
+    if file is not None:
+        cli.write_json(file, result)
+    if figure is not None:
+        draw(result, figure)
+
+
+def _static(plan: _Plan, job: Job, timeout: float, format_: str) -> None:
+    from gpt2_tvm import toolchains
+    from gpt2_tvm.compile import progress_on_stderr
+    from tuning.ablation_static import render, static_table
+
+    toolchains.prepare(plan.target)  # a compiler that is missing is no result of every set
+    with progress_on_stderr() as say:
+        rows = static_table(job, plan.variants, timeout, say)
+    sys.stdout.write(render(rows, format_))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    cli.run(app)

@@ -1,0 +1,247 @@
+"""What an ablation does in child processes: ask for the device, compile a rule set, check it, time it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tuning import ablation_cache, ablation_reference
+from tuning.children import Announce, Failure
+from tuning.measure import session
+
+TURN_S = 0.4  # a turn goes on until that much is timed: single prefills of a small model are too short to tell
+MOST_CYCLES = 25
+FEWEST_CYCLES = 3  # of short ones: the first of a turn finds its threads asleep, and the median passes it over
+SHORT_S = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all rule sets of an ablation have in common; goes to every child.
+
+    Attributes:
+        model, target, quantization, attention, seed: as for `compile_model`.
+        prompt_tokens, generate_tokens: what a turn times: a prefill from an empty cache, then greedy decoding.
+        device: as for `Engine`.
+        cache: the folder for artifacts and the reference.
+    """
+
+    model: str
+    target: str
+    quantization: str = "q0f32"
+    attention: str = "flash"
+    seed: int = 0
+    prompt_tokens: int = 322
+    generate_tokens: int = 64
+    device: str | None = None
+    cache: str = "artifacts/ablation/cache"
+
+    @property
+    def remote(self) -> bool:
+        """Whether the device is another machine's, behind RPC."""
+        return self.device is not None and self.device.startswith("rpc://")
+
+
+def probe(announce: Announce, job: Job) -> dict[str, Any]:
+    """The device that would run the target's code: {"device": its name, "memory_bytes": of a GPU, or None}.
+
+    Raises UserError where this machine has none.
+    """
+    from gpt2_tvm.errors import UserError
+    from gpt2_tvm.runners.vm import processor_name
+    from targets import load_target
+    from targets.detect import missing_features
+
+    target = load_target(job.target)
+    if job.remote:
+        return {"device": _ask_worker(str(job.device), target.kind), "memory_bytes": None}
+    wanted = job.device or target.kind
+    otherwise = "run where there is one, or look at the compile-time half with --static"
+    announce(f"device {wanted}")
+    if wanted.split(":")[0] != target.kind:
+        raise UserError(f"--device {wanted}: code for {target.name} runs on a {target.kind} device")
+    if target.kind == "cpu":
+        lacking = missing_features(target.requires)
+        if lacking:
+            raise UserError(f"--target {target.name}: this CPU lacks {', '.join(lacking)}; {otherwise}")
+        return {"device": processor_name(), "memory_bytes": None}
+    if target.kind == "webgpu":
+        from gpt2_tvm.runners.wgpu import _open
+
+        device = _open(job.device)
+        # wgpu does not tell a GPU's memory; a software device has the machine's
+        return {"device": device.name, "memory_bytes": None if device.is_software else 2 << 30}
+    import tvm
+
+    if target.kind == "cuda":
+        from gpt2_tvm.toolchains import cuda_runtime
+
+        cuda_runtime.load()
+    try:
+        found = tvm.device(wanted)
+        present = bool(found.exist)
+    except Exception:
+        present = False
+    if not present:
+        raise UserError(f"this machine has no {wanted} device that TVM's runtime can use; {otherwise}")
+    return {"device": str(found.device_name), "memory_bytes": getattr(found, "total_global_memory", None)}
+
+
+def _ask_worker(address: str, kind: str) -> str:
+    """What the worker at rpc://... calls its device. UserError where it cannot be reached or has none."""
+    from gpt2_tvm.errors import UserError
+    from gpt2_tvm.runners.rpc import _device_name
+    from gpt2_tvm.runners.rpc_session import open_session, parse_address
+
+    where = parse_address(address)
+    worker = open_session(where)
+    device = worker.device(kind)
+    if not device.exist:
+        raise UserError(f"the worker at {where} has no {kind} device that TVM's runtime can use; choose another --key")
+    return f"{_device_name(worker, device, kind)} at {where}"
+
+
+def schedule(announce: Announce, job: Job, rules: str) -> dict[str, Any]:
+    """Lower a rule set without building it: {"code": digest of the scheduled module and of all else that decides an
+    artifact, "functions": name, role, rule, kernels and calls of each, as in the manifest}.
+    """
+    announce("start: importing TVM")
+    import tvm_ffi
+
+    from gpt2_tvm.build import lower_plan, make_plan, versions
+    from gpt2_tvm.checkpoint import resolve_model
+    from gpt2_tvm.inventory import function_table
+    from targets import load_target, specialise
+
+    source = resolve_model(job.model, seed=job.seed)
+    target = specialise(load_target(job.target))
+    widths = (ablation_reference.WIDTH,)
+    plan = make_plan(source.config, target, job.quantization, rules, job.attention, verify_widths=widths)
+    announce("lowering and scheduling")
+    with target.tvm_target():
+        lowered, _ = lower_plan(plan)
+        announce("scheduled: listing functions")
+        rows = function_table(lowered, plan)["functions"]
+    bare = [row for row in rows if target.kind != "cpu" and row["kernels"] == 0]
+    if bare:  # TVM refuses it on CUDA and Metal with this question; for webgpu it does not look
+        name, rule = bare[0]["name"], bare[0]["rule"]
+        raise Failure("unbound-thread", f"{rule} left {name} without a thread; did you forget to bind?")
+    made_of: dict[str, Any] = {
+        "scheduled": str(tvm_ffi.structural_hash(lowered.scheduled, map_free_vars=True)),
+        "target": target.to_json(),
+        "model": [source.name, plan.config.to_json(), ablation_cache.weights_identity(source)],
+        "scheme": asdict(plan.scheme),
+        "versions": versions(),
+    }
+    del made_of["target"]["rules"]  # what they did is in the module
+    functions = [{key: row[key] for key in ("name", "role", "rule", "kernels", "calls")} for row in rows]
+    return {"code": ablation_cache.digest(made_of), "functions": functions}
+
+
+def build(announce: Announce, job: Job, rules: str, made_from: str) -> dict[str, Any]:
+    """Compile a rule set into the cache, unless the same scheduled module is there already, made from the same sources.
+
+    Announces what `schedule` found before anything is built. Returns {"artifact": the folder's name in the cache,
+    "compile_s": seconds, None where it was there}.
+    """
+    from gpt2_tvm import toolchains
+    from gpt2_tvm.build import compile_model
+    from targets import load_target, specialise
+
+    toolchains.prepare(specialise(load_target(job.target)))
+    scheduled = schedule(announce, job, rules)
+    announce("scheduled", scheduled)
+    folder = ablation_cache.artifact_folder(Path(job.cache), scheduled["code"], made_from)
+    if (folder / "manifest.json").is_file():
+        return {"artifact": folder.name, "compile_s": None}
+    start = time.perf_counter()
+    compile_model(
+        job.model,
+        job.target,
+        job.quantization,
+        folder,
+        rules,
+        job.attention,
+        verify_widths=(ablation_reference.WIDTH,),
+        seed=job.seed,
+        progress=lambda what, share: announce(what) if share else None,
+    )
+    ablation_cache.keep_one_copy(folder)
+    return {"artifact": folder.name, "compile_s": round(time.perf_counter() - start, 2)}
+
+
+class Subject:
+    """An artifact in an engine, in the process that times it. Making it compiles every shader of a webgpu artifact, one
+    announced stage each, so that one which does not end is named."""
+
+    def __init__(self, announce: Announce, job: Job, folder: str) -> None:
+        announce("load")
+        from gpt2_tvm.engine import Engine
+
+        self._announce, self._job = announce, job
+        self._engine = Engine(folder, job.device)
+        self._prompt: Any = None
+        if self._engine.artifact.kind == "webgpu":
+            from gpt2_tvm.runners.wgpu import KERNELS
+            from gpt2_tvm.runners.wgpu_device import parse_wgsl
+
+            runner: Any = self._engine.runner
+            for name, shader in parse_wgsl((Path(folder) / KERNELS).read_text(encoding="utf-8")).items():
+                announce(f"shader {name}")
+                runner.device.compile(shader)
+        self.facts = {"device": self._engine.runner.device_name}
+
+    def check(self, reference: str) -> float:
+        """`ablation_reference.check` against the file."""
+        return ablation_reference.check(
+            self._engine, ablation_reference.Reference.load(Path(reference)), self._announce
+        )
+
+    def warm(self) -> None:
+        """Once untimed what a turn does: pages, buffers and bindings are there afterwards."""
+        self._cycle(2)
+
+    def turn(self) -> dict[str, Any]:
+        """Prefill and greedy decoding, again and again for `TURN_S`: medians in seconds, and how many cycles."""
+        prefills: list[float] = []
+        decodes: list[float] = []
+        start = time.perf_counter()
+        while True:
+            prefill_s, decode_s = self._cycle(self._job.generate_tokens)
+            prefills.append(prefill_s)
+            decodes.append(decode_s)
+            spent = time.perf_counter() - start
+            enough = len(prefills) >= FEWEST_CYCLES or spent / len(prefills) > SHORT_S
+            if (spent >= TURN_S and enough) or len(prefills) == MOST_CYCLES:
+                break
+        return {"prefill_s": median(prefills), "decode_s": median(decodes), "cycles": len(prefills)}
+
+    def _cycle(self, generate: int) -> tuple[float, float]:
+        engine = self._engine
+        if self._prompt is None:
+            from gpt2_tvm.measure.cases import Case
+            from gpt2_tvm.measure.subjects import prompt_of
+
+            case = Case(1, self._job.prompt_tokens, self._job.generate_tokens)
+            self._prompt = prompt_of(engine.artifact, case)
+        timed = session.turn(engine, self._prompt, generate)
+        if timed.tokens.shape != (1, generate):
+            raise Failure("run-error", f"decode_greedy gave tokens of shape {list(timed.tokens.shape)}")
+        return timed.prefill_s, timed.decode_s
+
+
+def time_functions(announce: Announce, job: Job, folder: str, repeats: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Each function's time, by `tuning.measure.functions`: {"prefill": {function: {"time_us", "time_us_sd"}}, "decode":
+    the same}. repeats: rounds of the prefill; a decode step is shorter and has at least 10.
+    """
+    from tuning.measure.functions import time_functions as measure
+
+    found = {}
+    for call, name, rounds in (("prefill", "prefill", repeats), ("decode", "decode_b1", max(10, repeats))):
+        announce(f"timing functions of {name}")
+        timed = measure(folder, (name,), job.prompt_tokens, rounds, job.device)
+        found[call] = {key: {"time_us": one.time_us, "time_us_sd": one.time_us_sd} for key, one in timed.items()}
+    return found

@@ -25,7 +25,9 @@ def quoted(text: str) -> str:
         record = RECORDS / name
         lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else [NOT_YET]
         body = "\n".join(line.rstrip() for line in lines).strip("\n")
-        if not name.endswith(".md"):
+        if name.endswith(".md"):
+            body = re.sub(r"^#", "###", body, flags=re.MULTILINE)  # headings below the page's own
+        else:
             body = f"```\n{body}\n```"
         return f"<!-- quote {name} -->\n{body}\n<!-- end -->"
 

@@ -15,23 +15,49 @@ record() {
     mv "$records/$file.part" "$records/$file"
 }
 
-record compile.txt python -m gpt2_tvm.compile --model bundled --output artifacts/austen
-record generate.txt python -m gpt2_tvm.generate artifacts/austen "It is a truth universally acknowledged, that" \
-    --max-tokens 120 --temperature 0.7 --top-p 0.9 --seed 3
-record targets.txt python -m gpt2_tvm.compile --list-targets
-record compile-gpt2.txt python -m gpt2_tvm.compile --model gpt2 --output artifacts/gpt2-q0f32-cpu
+# What stands in README without a long measurement, and the short benchmark
+basics() {
+    record compile.txt python -m gpt2_tvm.compile --model bundled --output artifacts/austen
+    record generate.txt python -m gpt2_tvm.generate artifacts/austen "It is a truth universally acknowledged, that" \
+        --max-tokens 120 --temperature 0.7 --top-p 0.9 --seed 3
+    record targets.txt python -m gpt2_tvm.compile --list-targets
+    record compile-gpt2.txt python -m gpt2_tvm.compile --model gpt2 --output artifacts/gpt2-q0f32-cpu
 
-# A program beside it costs the peer, whose threads spin, far more than us: such a table is not quoted.
-new=$(mktemp)
-record benchmark.md.new python -m gpt2_tvm.benchmark artifacts/gpt2-q0f32-cpu artifacts/austen --peer transformers --repeats 7 \
-    --json "$new"
-if python -c "import json, sys; sys.exit(json.load(open('$new'))['other_cores'] > 0.25)"; then
-    mv "$records/benchmark.md.new" "$records/benchmark.md"
-    mv "$new" "$records/benchmark.json"
-    chmod 644 "$records/benchmark.json"
-else
-    cat "$records/benchmark.md.new"
-    rm -f "$records/benchmark.md.new" "$new"
-    echo "not quoted: other programs were busy meanwhile; run this again on a quiet machine" >&2
-fi
+    # A program beside it costs the peer, whose threads spin, far more than us: such a table is not quoted.
+    new=$(mktemp)
+    record benchmark.md.new python -m gpt2_tvm.benchmark artifacts/gpt2-q0f32-cpu artifacts/austen --peer transformers --repeats 7 \
+        --json "$new"
+    if python -c "import json, sys; sys.exit(json.load(open('$new'))['other_cores'] > 0.25)"; then
+        mv "$records/benchmark.md.new" "$records/benchmark.md"
+        mv "$new" "$records/benchmark.json"
+        chmod 644 "$records/benchmark.json"
+    else
+        cat "$records/benchmark.md.new"
+        rm -f "$records/benchmark.md.new" "$new"
+        echo "not quoted: other programs were busy meanwhile; run this again on a quiet machine" >&2
+    fi
+}
+
+# The tables of the laboratory, from records that were measured before: the commands are in artifacts/records/README.md
+laboratory() {
+    for target in cpu webgpu; do
+        extra=""
+        [ "$target" = cpu ] || extra="--target $target"
+        # shellcheck disable=SC2086
+        record "ablation-$target.md" python -m tuning.ablation --model bundled $extra --report \
+            --records "artifacts/records/ablation-$target.json" --figure "artifacts/figures/ablation-$target.png"
+    done
+    record sweep-webgpu.md python -m tuning.heatmap artifacts/records/webgpu/bundled-gemv.jsonl --output artifacts/figures/sweep-webgpu
+    for target in rtx-4090 h200; do
+        record "static-$target.md" python -m tuning.ablation --model gpt2 --target "$target" --quantization q0f16 --static
+    done
+}
+
+case "${1:-all}" in
+    basics) basics ;;
+    laboratory) laboratory ;;
+    quote) ;;
+    all) basics; laboratory ;;
+    *) echo "usage: $0 [basics|laboratory|quote|all]" >&2; exit 2 ;;
+esac
 python scripts/quote_records.py

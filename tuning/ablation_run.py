@@ -291,7 +291,7 @@ class Ablation:
                 continue
             say(f"timing functions: {line['set']}", 0.92 + 0.07 * index / len(codes))
             fastest = min(sample["prefill_s"] for sample in journal.samples[code].values())
-            repeats = max(FEWEST, min(MOST_ROUNDS, int(FUNCTIONS_S / fastest)))
+            repeats = max(1, min(MOST_ROUNDS, int(FUNCTIONS_S / fastest)))
             arguments = (self.job, str(self._folder(line)), repeats)
             outcome = run_once(line["set"], ablation_work.time_functions, *arguments, timeout_s=self.timeout_s)
             told = {"times": outcome.value} if outcome.ok else {"times": {}, "detail": outcome.detail}

@@ -239,9 +239,10 @@ def time_functions(announce: Announce, job: Job, folder: str, repeats: int) -> d
     """
     from tuning.measure.functions import time_functions as measure
 
-    found = {}
-    for call, name, rounds in (("prefill", "prefill", repeats), ("decode", "decode_b1", max(10, repeats))):
-        announce(f"timing functions of {name}")
-        timed = measure(folder, (name,), job.prompt_tokens, rounds, job.device)
-        found[call] = {key: {"time_us": one.time_us, "time_us_sd": one.time_us_sd} for key, one in timed.items()}
+    calls = {"prefill": "prefill", "decode_b1": "decode"}
+    found: dict[str, dict[str, dict[str, float]]] = {told: {} for told in calls.values()}
+    announce("timing functions")
+    rounds = {"prefill": repeats, "decode_b1": max(10, repeats)}
+    for one in measure(folder, tuple(calls), job.prompt_tokens, rounds, job.device).values():
+        found[calls[one.call]][one.function] = {"time_us": one.time_us, "time_us_sd": one.time_us_sd}
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,7 +89,7 @@ def time_functions(
     artifact: str | Path,
     calls: Sequence[str] = ("prefill", "decode_b1"),
     prompt_tokens: int = 322,
-    repeats: int = REPEATS,
+    repeats: int | Mapping[str, int] = REPEATS,
     device: str | None = None,
     threads: int | None = None,
 ) -> FunctionTimes:
@@ -99,7 +99,7 @@ def time_functions(
         artifact: its folder.
         calls: "prefill" (the prompt into an empty cache) and "decode_b<batch>" (one token after the prompt).
         prompt_tokens: of the benchmark's prompt, cut to what the context holds.
-        repeats: rounds that count.
+        repeats: rounds that count, for all calls or for each.
         device, threads: as for `Engine`, but not through RPC: the functions are timed where they run.
 
     Raises UserError for calls or sizes that the artifact does not have.
@@ -110,7 +110,8 @@ def time_functions(
 
     if device is not None and device.startswith("rpc://"):
         raise UserError(f"functions are timed on the machine that runs them, not through {device}; run this there")
-    if repeats < 1 or prompt_tokens < 1:
+    wanted = dict.fromkeys(calls, repeats) if isinstance(repeats, int) else dict(repeats)
+    if min(wanted.values()) < 1 or prompt_tokens < 1:
         raise UserError(f"--repeats {repeats} --prompt-tokens {prompt_tokens}: both must be at least 1")
     engine = Engine(artifact, device, threads=threads)
     batches = {call: _batch(call, engine.artifact.batch_sizes) for call in calls}
@@ -119,7 +120,7 @@ def time_functions(
     for call in calls:
         prompt = prompt_of(engine.artifact, Case(batches[call], length, 1))
         recorded = _record(engine, call, prompt)
-        rounds = _rounds(_timer(engine, recorded), repeats, call, times)
+        rounds = _rounds(_timer(engine, recorded), wanted[call], call, times)
         for function, (mean, sd, count) in rounds.items():
             key = function if len(calls) == 1 else f"{call}:{function}"
             times[key] = FunctionTime(function, call, mean, sd, count)

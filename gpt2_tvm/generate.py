@@ -66,6 +66,14 @@ def main(
     threads: Annotated[
         int | None, typer.Option(help="Threads of the CPU. Default: one a physical core that this process may use.")
     ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="naive, greedy, sample, speculative, lookup or early. Default: greedy, or sample."),
+    ] = None,
+    draft: Annotated[Path | None, typer.Option(help="The artifact that drafts, for speculative and early.")] = None,
+    draft_length: Annotated[
+        str, typer.Option(help="Tokens to draft in a round; adaptive: what pays by what was measured.")
+    ] = "adaptive",
     stats: Annotated[
         bool, typer.Option("--stats", help="More figures at the end: loading, first token, why it ended.")
     ] = False,
@@ -96,7 +104,14 @@ def main(
     engine = Engine(artifact, device, threads=threads)
     load_s = time.perf_counter() - start
     eos = tokenizer.eos_id if tokenizer else None
-    generation = Generation(engine, ids, max_tokens, temperature, top_k, top_p, seed, eos)
+    generation: Any
+    if strategy is None and draft is None:
+        generation = Generation(engine, ids, max_tokens, temperature, top_k, top_p, seed, eos)
+    else:
+        from gpt2_tvm.decoding.single import make_generation
+
+        wanted = (strategy or "speculative", draft, draft_length, (temperature, top_k, top_p))
+        generation = make_generation(engine, ids, max_tokens, wanted, seed, eos, device, threads)
     result = stream(generation, tokenizer, stops, sys.stdout)
     made = {
         "artifact": str(artifact),

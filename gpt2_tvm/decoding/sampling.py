@@ -7,6 +7,7 @@ the same token on every machine.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,6 +22,29 @@ def check_options(temperature: float, top_k: int, top_p: float) -> None:
         raise UserError(f"--top-k {top_k}: give how many of the most likely tokens to choose from, or 0 for all")
     if not 0 <= top_p <= 1:
         raise UserError(f"--top-p {top_p:g}: give a probability from 0 to 1, where 1 means all tokens")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from logits; the default is greedy. Raises UserError for an option out of range."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_options(self.temperature, self.top_k, self.top_p)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """`distribution` as float64 [vocab], 0 where a token is excluded."""
+        ids, shares = distribution(logits, self.temperature, self.top_k, self.top_p)
+        dense = np.zeros(len(logits))
+        dense[ids] = shares
+        return dense
 
 
 def distribution(

@@ -1,0 +1,49 @@
+"""Where the time of a step goes, by name, each moment counted once."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PARTS = ("draft", "verify", "sample", "rollback", "host")  # of a step; "verify" is every pass of the target
+
+
+class Clock:
+    """Seconds by name. Inside a nested block the outer one stands still.
+
+    Attributes:
+        seconds: by name, since construction or `clear`.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._running: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._switch()
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._running.pop()
+
+    def clear(self) -> None:
+        """Begin again at zero."""
+        self.seconds.clear()
+
+    def split(self, total: float) -> dict[str, float]:
+        """`PARTS` of `total` seconds: what no block covered is the host's."""
+        parts = {name: self.seconds.get(name, 0.0) for name in PARTS}
+        parts["host"] += max(0.0, total - sum(parts.values()))
+        return parts
+
+    def _switch(self) -> None:
+        now = time.perf_counter()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._since = now

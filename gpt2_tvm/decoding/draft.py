@@ -1,0 +1,161 @@
+"""Where drafted tokens come from: the interface, and a second model on an engine of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from gpt2_tvm.decoding.rejection import draw
+from gpt2_tvm.decoding.sampling import Sampling
+from gpt2_tvm.decoding.strategy import SPARE, TextRow
+from gpt2_tvm.errors import UserError
+
+if TYPE_CHECKING:
+    from gpt2_tvm.artifact import Artifact
+    from gpt2_tvm.engine import Engine
+
+
+@dataclass
+class Proposal:
+    """tokens: that may come next, in order; shares: what each was drawn from, float64 [vocab], or None where the draft
+    had no choice."""
+
+    tokens: list[int] = field(default_factory=list)
+    shares: list[np.ndarray | None] = field(default_factory=list)
+
+
+class Draft(Protocol):
+    """What proposes tokens."""
+
+    def begin(self, rows: Sequence[TextRow], rngs: Sequence[np.random.Generator]) -> None:
+        """Take in new prompts; `rngs` are the sequences' own generators."""
+        ...
+
+    def propose(self, rows: Sequence[TextRow], counts: Sequence[int]) -> list[Proposal]:
+        """Up to counts[b] tokens to follow rows[b].ids, for each row."""
+        ...
+
+
+class ModelDraft:
+    """A smaller model, or the same one in int8 or with fewer layers, one decode step a token.
+
+    Its cache needs no telling what became of its tokens: at each call it keeps what agrees with the text and takes in
+    the rest. A text beyond its context is no longer drafted for.
+
+    Args:
+        engine: the draft's own; it may have another context length and precision than the target's.
+        sampling: as the target's.
+    """
+
+    def __init__(self, engine: Engine, sampling: Sampling | None = None) -> None:
+        self.engine, self.sampling = engine, sampling or Sampling()
+        self._rngs: Sequence[np.random.Generator] = ()
+        self._cached: list[int] = []  # how many ids in the cache are certainly the text's
+        self._guessed: list[list[int]] = []  # ids after them that were guesses when they were taken in
+
+    def begin(self, rows: Sequence[TextRow], rngs: Sequence[np.random.Generator]) -> None:
+        """See `Draft.begin`."""
+        self._rngs = rngs
+        fits = [len(row.ids) < self.engine.max_seq_len for row in rows]
+        self.engine.reset()
+        self.engine.prefill([row.ids if fit else [SPARE] for row, fit in zip(rows, fits, strict=True)])
+        self._cached = [len(row.ids) if fit else 0 for row, fit in zip(rows, fits, strict=True)]
+        self._guessed = [[] for _ in rows]
+
+    def propose(self, rows: Sequence[TextRow], counts: Sequence[int]) -> list[Proposal]:
+        """See `Draft.propose`."""
+        # the k-th token needs len(ids) + k - 1 in the cache
+        space = [self.engine.max_seq_len + 1 - len(row.ids) for row in rows]
+        wanted = [max(0, min(n, s)) if row.live else 0 for n, s, row in zip(counts, space, rows, strict=True)]
+        made = [Proposal() for _ in rows]
+        if not any(wanted):
+            return made
+        logits = self._catch_up(rows, wanted)
+        for i in range(max(wanted)):
+            for b, n in enumerate(wanted):
+                if i < n:
+                    token, shares = self._choose(b, rows[b], i, logits[b])
+                    made[b].tokens.append(token)
+                    made[b].shares.append(shares)
+            if i + 1 < max(wanted):
+                logits = self._decode([p.tokens[-1] if i + 1 < n else None for p, n in zip(made, wanted, strict=True)])
+        return made
+
+    def _choose(self, b: int, row: TextRow, i: int, logits: np.ndarray) -> tuple[int, np.ndarray | None]:
+        """The i-th drafted token of sequence b, from logits [vocab], and what it was drawn from."""
+        if self.sampling.greedy:
+            return int(logits.argmax()), None
+        shares = self.sampling.probabilities(logits)
+        return draw(shares, self._rngs[b]), shares
+
+    def _catch_up(self, rows: Sequence[TextRow], wanted: Sequence[int]) -> np.ndarray:
+        """Take in what the text has gained -> logits [batch, vocab] after the last id of each row that is wanted."""
+        missing: list[list[int] | None] = []
+        for b, row in enumerate(rows):
+            at = self._cached[b]
+            for guess in self._guessed[b]:
+                if at + 1 >= len(row.ids) or row.ids[at] != guess:  # the last id is always taken in: its logits count
+                    break
+                at += 1
+            self._cached[b], self._guessed[b] = at, []
+            missing.append(row.ids[at:] if wanted[b] else None)
+        self._settle([m is None for m in missing])
+        given = [m if m is not None else [SPARE] for m in missing]
+        for b, ids in enumerate(missing):
+            self._cached[b] += len(ids or ())
+        longest, widths = max(map(len, given)), self.engine.artifact.verify_widths
+        if longest == 1:
+            return self.engine.decode([ids[0] for ids in given])
+        if widths and longest <= widths[-1]:
+            logits = self.engine.verify(given)
+            return logits[np.arange(len(given)), [len(ids) - 1 for ids in given]]
+        return self.engine.prefill(given)
+
+    def _decode(self, tokens: Sequence[int | None]) -> np.ndarray:
+        self._settle([token is None for token in tokens])
+        for b, token in enumerate(tokens):
+            if token is not None:
+                self._guessed[b].append(token)
+        return self.engine.decode([SPARE if token is None else token for token in tokens])
+
+    def _settle(self, idle: Sequence[bool]) -> None:
+        """Move positions back to what counts; a row that is idle in the next call leaves a slot for the spare token."""
+        for b, resting in enumerate(idle):
+            if resting and self._cached[b] + len(self._guessed[b]) >= self.engine.max_seq_len:
+                if self._guessed[b]:
+                    self._guessed[b].pop()
+                else:
+                    self._cached[b] -= 1
+        self.engine.rewind([n + len(g) for n, g in zip(self._cached, self._guessed, strict=True)])
+
+
+def check_pair(target: Artifact, draft: Artifact) -> None:
+    """Refuse a draft whose ids do not mean what the target's mean: one line says why."""
+    what = f"{draft.path} cannot draft for {target.path}"
+    if target.config.vocab_size != draft.config.vocab_size:
+        raise UserError(
+            f"{what}: its vocabulary has {draft.config.vocab_size} ids, not {target.config.vocab_size}; "
+            "take a draft with the same tokenizer"
+        )
+    ours, theirs = target.tokenizer, draft.tokenizer
+    if ours is None or theirs is None or _digests(target) == _digests(draft):
+        return
+    from gpt2_tvm.tokenizer import load_tokenizer
+
+    a, b = load_tokenizer(ours), load_tokenizer(theirs)
+    for i in range(target.config.vocab_size):
+        if a.token_bytes(i) != b.token_bytes(i):
+            raise UserError(
+                f"{what}: id {i} is {a.decode([i])!r} to one tokenizer and {b.decode([i])!r} to the other; "
+                "take a draft with the same tokenizer"
+            )
+
+
+def _digests(artifact: Artifact) -> dict[str, str]:
+    """sha256 of the files that say what an id means."""
+    names = ("tokenizer/tokenizer.json", "tokenizer/vocab.json", "tokenizer/merges.txt")
+    files = artifact.manifest["files"]
+    return {name: files[name]["sha256"] for name in names if name in files}

@@ -1,0 +1,42 @@
+"""The most likely token, with the KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from gpt2_tvm.decoding.sampling import Sampling
+from gpt2_tvm.decoding.strategy import Strategy, TextRow
+from gpt2_tvm.decoding.tokens import DEVICE_STEPS
+from gpt2_tvm.errors import UserError
+
+if TYPE_CHECKING:
+    from gpt2_tvm.engine import Engine
+
+
+class Greedy(Strategy):
+    """What every other greedy strategy must write, token for token, and be faster than."""
+
+    name: ClassVar[str] = "greedy"
+
+    def __init__(self, engine: Engine, sampling: Sampling | None = None) -> None:
+        super().__init__(engine, sampling)
+        if not self.sampling.greedy:
+            raise UserError(f"greedy with --temperature {self.sampling.temperature:g}: choose --strategy sample for it")
+
+    def step(self, rows: Sequence[TextRow]) -> list[list[int]]:
+        """See `Strategy.step`: one token; of a single sequence on a GPU a few, which stay on the device meanwhile."""
+        if len(rows) == 1 and self.engine.artifact.kind != "cpu":
+            return [self._on_device(rows[0])]
+        logits = self.decode(rows)
+        with self.clock("sample"):
+            return [[token] for token in self.choose(logits, rows)]
+
+    def _on_device(self, row: TextRow) -> list[int]:
+        """Unlike elsewhere the last id is in the cache too, but for the one that came from the prompt's logits."""
+        count = min(DEVICE_STEPS, row.left)
+        again = len(row.ids) - int(self.engine.positions[0])
+        with self.clock("verify"):
+            tokens = self.engine.decode_greedy(again + count)[0]
+        row.steps += again + count
+        return [int(token) for token in tokens[again:]]

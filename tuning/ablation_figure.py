@@ -46,10 +46,13 @@ def draw(result: Mapping[str, Any], path: Path) -> tuple[Path, Path]:
     for index, phase in enumerate(PHASES):
         axes = figure.add_subplot(1, 2, 1 + index)
         values = [row[f"{phase}_{key}"] for row in rows]
-        known = [value for value in values if value is not None]
-        low, high = min(known), max(known)
+        known = [
+            (value, row[f"{phase}_{key}_sd"]) for value, row in zip(values, rows, strict=True) if value is not None
+        ]
+        low, high = min(value - min(sd, 0.9 * value) for value, sd in known), max(value + sd for value, sd in known)
+        high = max(high, 1.6 * low)
         left = 10 ** (-0.05) * min(low, 1.0 if key == "speedup" else low)
-        right = high * (high / left) ** 0.22  # room for the figures at the bars' ends
+        right = high * max(1.15, (high / left) ** 0.22)  # room for the figures at the bars' ends
         for y, row in enumerate(rows):
             value, sd = row[f"{phase}_{key}"], row[f"{phase}_{key}_sd"]
             if value is None:
@@ -63,7 +66,9 @@ def draw(result: Mapping[str, Any], path: Path) -> tuple[Path, Path]:
             axes.text((value + sd) * (right / left) ** 0.015, y, text, va="center", fontsize=8)
         axes.set_xscale("log")
         axes.set_xlim(left, max(right, left * 1.5))
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / left < 50 else (1,)))
+        axes.xaxis.set_major_locator(
+            LogLocator(subs=(1, 2, 5) if 4 < high / left < 50 else (1,) if high / left >= 50 else (1, 1.5, 2, 3, 5, 7))
+        )
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         if key == "speedup":

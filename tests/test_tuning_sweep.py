@@ -151,7 +151,7 @@ def test_a_sweep_of_the_bundled_model(swept: Path) -> None:
 def test_heatmaps_of_it(swept: Path, tmp_path: Path) -> None:
     done = command("tuning.heatmap", str(swept), "--output", str(tmp_path), "--measure", "gain")
     assert done.returncode == 0, done.stderr
-    assert "Best: TS=" in done.stdout and "variance" in done.stdout
+    assert "Best: TS=" in done.stdout  # how much a parameter explains is not said where noise explains it all
     names = {f.name for f in tmp_path.iterdir()}
     assert names == {"index.html", *(f"attn.c_proj-256x256-float32.{form}" for form in ("png", "svg"))}
     page = (tmp_path / "index.html").read_text()

@@ -67,6 +67,13 @@ def main(
         str | None, typer.Option(metavar="HOST:PORT", help="Measure on machines behind this TVM RPC tracker.")
     ] = None,
     key: Annotated[str | None, typer.Option(help="The machines' key at the tracker.")] = None,
+    runner: Annotated[
+        str | None, typer.Option(help="browser: time webgpu points in a headless Chromium, through TVM's RPC proxy.")
+    ] = None,
+    page_port: Annotated[
+        int | None,
+        typer.Option(help="With --runner browser: start none, wait for a browser of yours at this port of localhost."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the order in which points are tried.")] = 0,
     list_: Annotated[
         bool, typer.Option("--list", help="Measure nothing: products, points, and why points fall.")
@@ -95,13 +102,19 @@ def main(
         or (workers is not None and workers < 1)
     ):
         raise UserError("--budget, --spread, --timeout, --trials and --workers must be above 0")
+    if runner not in (None, "browser"):
+        raise UserError(f"unknown runner {runner!r}; the only one to name is browser")
+    if runner and (tracker or static):
+        raise UserError("--runner browser measures here: leave out --tracker and --static (or use tuning.worker)")
     plan = setup.Setup.make(model, target, quantization, batch, workload, space, strategy, trials, seed)
     if plan.note:
         print(f"note: {plan.note}", file=sys.stderr)
     if list_:
         print(plan.listing())
         return
-    specs = plan.workers(static, workers, tracker, key, budget, spread)
+    specs = plan.workers(
+        static, workers, tracker, key, budget, spread, runner, page_port, lambda what: print(what, file=sys.stderr)
+    )
     facts = plan.probe(specs)
     file = records or FOLDER / f"{plan.name}-gemv.jsonl"
     with setup.open_records(file, plan, facts, fresh) as store:

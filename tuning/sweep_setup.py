@@ -116,6 +116,9 @@ class Setup:
         key: str | None,
         budget_s: float,
         spread: float,
+        runner: str | None = None,
+        page_port: int | None = None,
+        say: Callable[[str], None] = lambda what: None,
     ) -> list[WorkerSpec]:
         """The children that measure. UserError where the device, or the tracker's key, is missing."""
         from tuning.candidates.sampling import Budget
@@ -135,6 +138,12 @@ class Setup:
             return [WorkerSpec(f"{key}{i}", RemoteCandidates, (*arguments, i), f"{i}") for i in range(count or 1)]
         from tuning.candidates.backends import backend_of
 
+        if runner == "browser":
+            from tuning.candidates.page import browser_arguments
+
+            make = backend_of(self.target_name, browser=True)
+            arguments = (self.target_name, self.tasks, budget, *browser_arguments(page_port, say))
+            return [WorkerSpec("browser", make, arguments, "browser")]
         default = 2
         if self.target.kind == "webgpu":
             from gpt2_tvm.runners.wgpu_device import Device

@@ -22,6 +22,13 @@ def main(
     key: Annotated[str, typer.Option(help="Under which sweeps ask for this machine: --key of tuning.sweep.")],
     host: Annotated[str, typer.Option(help="The address of this machine that others can reach.")] = "127.0.0.1",
     timeout: Annotated[float, typer.Option(help="Seconds for building a point, and for running it.")] = 60.0,
+    runner: Annotated[
+        str | None, typer.Option(help="browser: measure webgpu in a headless Chromium instead of through wgpu.")
+    ] = None,
+    page_port: Annotated[
+        int | None,
+        typer.Option(help="With --runner browser: start none, wait for a browser of yours at this port of localhost."),
+    ] = None,
 ) -> None:
     """Serve sweeps until stopped with Ctrl-C.
 
@@ -37,7 +44,14 @@ def main(
     name, _, port = tracker.rpartition(":")
     if not name or not port.isdigit():
         raise UserError(f"--tracker {tracker}: write HOST:PORT")
-    server = serve((name, int(port)), key, host, timeout)
+    page = None
+    if runner == "browser":
+        from tuning.candidates.page import browser_arguments
+
+        page = browser_arguments(page_port, lambda what: print(what, file=sys.stderr, flush=True))
+    elif runner is not None:
+        raise UserError(f"unknown runner {runner!r}; the only one to name is browser")
+    server = serve((name, int(port)), key, host, timeout, page)
     print(f"offering this machine as {key!r} at {tracker}", file=sys.stderr, flush=True)
     try:
         while True:
@@ -46,8 +60,17 @@ def main(
         server.terminate()
 
 
-def serve(tracker: tuple[str, int], key: str, host: str = "127.0.0.1", timeout_s: float = 60.0) -> Any:
-    """TVM's RPC server, in a process of its own, with our function registered; `terminate()` ends it."""
+def serve(
+    tracker: tuple[str, int],
+    key: str,
+    host: str = "127.0.0.1",
+    timeout_s: float = 60.0,
+    page: tuple[int | None, str | None] | None = None,
+) -> Any:
+    """TVM's RPC server, in a process of its own, with our function registered; `terminate()` ends it.
+
+    page: of `candidates.page.browser_arguments`, to measure in a browser.
+    """
     import socket
 
     from tvm import rpc
@@ -59,17 +82,17 @@ def serve(tracker: tuple[str, int], key: str, host: str = "127.0.0.1", timeout_s
             f"no tracker answers at {tracker[0]}:{tracker[1]} ({error}); start one: python -m tvm.exec.rpc_tracker"
         ) from None
     return rpc.Server(
-        host=host, tracker_addr=tracker, key=key, silent=True, server_init_callback=partial(register, timeout_s)
+        host=host, tracker_addr=tracker, key=key, silent=True, server_init_callback=partial(register, timeout_s, page)
     )
 
 
-def register(timeout_s: float) -> None:
+def register(timeout_s: float, page: tuple[int | None, str | None] | None = None) -> None:
     """Called in the server's process: what `tuning.candidates.remote` asks for."""
     import tvm
 
     from tuning.candidates.remote import FUNCTION
 
-    tvm.register_global_func(FUNCTION, Service(timeout_s).answer, override=True)
+    tvm.register_global_func(FUNCTION, Service(timeout_s, page).answer, override=True)
 
 
 class Service:
@@ -79,8 +102,8 @@ class Service:
     Answers: {"status", "value", "detail"}.
     """
 
-    def __init__(self, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
+    def __init__(self, timeout_s: float, page: tuple[int | None, str | None] | None = None) -> None:
+        self.timeout_s, self.page = timeout_s, page
         self.child: Any = None
         self.arguments: tuple[Any, ...] = ()
 
@@ -98,7 +121,7 @@ class Service:
                 name: Task(Workload.from_json(task["workload"]), task["function"])
                 for name, task in request["tasks"].items()
             }
-            self.arguments = (request["target"], tasks, Budget(**request["budget"]))
+            self.arguments = (request["target"], tasks, Budget(**request["budget"]), *(self.page or ()))
             outcome = self._restart()
         else:
             if self.child is None or not self.child.alive:
@@ -117,7 +140,8 @@ class Service:
 
         if self.child is not None:
             self.child.kill()
-        self.child = Child("point", backend_of(self.arguments[0]), *self.arguments)
+        backend = backend_of(self.arguments[0], browser=self.page is not None)
+        self.child = Child("point", backend, *self.arguments)
         return self.child.ready(START_S)
 
 

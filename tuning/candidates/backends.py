@@ -7,11 +7,20 @@ from typing import Any
 from gpt2_tvm.errors import UserError
 
 
-def backend_of(target: str) -> Any:
-    """The class for `tuning.children.Child`. UserError for a kind of target that nothing here can run."""
+def backend_of(target: str, browser: bool = False) -> Any:
+    """The class for `tuning.children.Child`. UserError for a kind of target that nothing here can run.
+
+    browser: measure webgpu in a page instead of through wgpu.
+    """
     from targets import load_target
 
     kind = load_target(target).kind
+    if browser:
+        if kind != "webgpu":
+            raise UserError(f"a browser measures WebGPU kernels, not {kind}; give --target webgpu")
+        from tuning.candidates.browser import BrowserCandidates
+
+        return BrowserCandidates
     if kind == "webgpu":
         from tuning.candidates.webgpu import WebgpuCandidates
 

@@ -20,6 +20,7 @@ from gpt2_tvm.kernels.math import activation
 from gpt2_tvm.schedules.gemv_config import GemvConfig, stock_config
 from gpt2_tvm.schedules.registry import make_rules
 from gpt2_tvm.schedules.tunable_gemv import TunableGemv
+from gpt2_tvm.toolchains import callbacks, cuda
 from targets import load_target, specialise
 
 ODD = GPT2Config(vocab_size=301, n_positions=64, n_embd=96, n_layer=1, n_head=3)
@@ -138,7 +139,9 @@ def test_a_partial_tile_does_not_write_past_the_end(epilogue: str) -> None:
     device = load_target("h200").tvm_target()
 
     def last_store(func: tirx.PrimFunc) -> str:
-        lines = source(func, device).splitlines()
+        # the source is all that is looked at: nothing compiles it
+        with callbacks.replaced({cuda.CALLBACK: lambda code, *_: bytearray(code.encode())}):
+            lines = source(func, device).splitlines()
         name = str(func.params[-1].name)
         at = max(i for i, line in enumerate(lines) if line.strip().startswith(f"{name}_ptr["))
         return lines[at - 1]

@@ -37,7 +37,7 @@ def _fan(threads: int) -> int:
     return 1 << threads.bit_length() // 2
 
 
-def _in_order(bits: Any) -> Any:
+def in_order(bits: Any) -> Any:
     """int32 bits of a float32 -> an int32 in the same order; NaN lowest, -0 equal to 0."""
     ordered = T.Select(bits < 0, T.bitwise_xor(bits, 0x7FFFFFFF), bits)
     ordered = T.Select(ordered == -1, 0, ordered)  # only -0 comes out as -1
@@ -76,7 +76,7 @@ def _argmax_body(vocab: int, threads: int) -> Any:
                 # Past the end the last logit is looked at again: it cannot win over itself.
                 seen[j] = T.reinterpret("int32", logits[row, T.min((i * AT_ONCE + j) * threads + tid, vocab - 1)])
             for j in T.unroll(AT_ONCE):
-                seen[j] = _in_order(seen[j])
+                seen[j] = in_order(seen[j])
                 if seen[j] > best[0]:
                     best[0] = seen[j]
                     best[1] = T.min((i * AT_ONCE + j) * threads + tid, vocab - 1)

@@ -71,6 +71,7 @@ def lower_paged(plan: Plan) -> tuple[Lowered, dict[str, Any]]:
     from tvm.ir import StringImm
 
     from gpt2_tvm.build import weight_layout
+    from gpt2_tvm.mlc.functions import add_functions
     from gpt2_tvm.mlc.paged import PagedGPT2, PagedKernels, add_cache_creation
     from gpt2_tvm.model import ModelOptions
     from gpt2_tvm.pipeline import lower
@@ -91,6 +92,7 @@ def lower_paged(plan: Plan) -> tuple[Lowered, dict[str, Any]]:
         for var in mod.get_global_vars():
             if var.name_hint not in ours and isinstance(mod[var], tirx.PrimFunc):
                 mod.update_func(var, mod[var].with_attr("tirx.is_scheduled", True))
+    mod = add_functions(mod, plan.config.vocab_size, target)
     answer = relax.Function([], body=StringImm(json.dumps(told)), ret_ty=relax.AnyType())
     mod["_metadata"] = answer.with_attr("global_symbol", "_metadata")  # without, it counts as dead code
     rows = {"seq_len": limits.prefill_chunk_size}
@@ -100,5 +102,10 @@ def lower_paged(plan: Plan) -> tuple[Lowered, dict[str, Any]]:
         "batch_prefill": {**rows, "batch_size": limits.max_batch_size},
         "batch_decode": {"batch_size": limits.max_batch_size},
         "batch_verify": rows,
+        **{name: {"batch_size": limits.max_batch_size} for name in ("softmax_with_temperature", "argsort_probs")},
+        **{
+            name: {"batch_size": limits.max_batch_size, "num_samples": limits.max_batch_size}
+            for name in ("sample_with_top_p", "multinomial_from_uniform")
+        },
     }
     return lower(mod, plan.target, plan.rules, bounds), told

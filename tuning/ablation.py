@@ -1,8 +1,7 @@
-"""`python -m tuning.ablation`: rule sets compiled, checked and timed beside each other, on any device."""
+"""`python -m tuning.ablation`: sets of rules or passes compiled, checked and timed beside each other, on any device."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 FOLDER = Path("artifacts/ablation")
-RUNNERS = ("auto", "vm", "wgpu")
+RUNNERS = ("auto", "vm", "wgpu", "node", "chromium")
 
 
 @app.command()
@@ -43,6 +42,18 @@ def main(
     full_factorial: Annotated[
         bool, typer.Option("--full-factorial", help="Every subset of the rules: main effects and interactions.")
     ] = False,
+    factors: Annotated[
+        str | None,
+        typer.Option(help="With --full-factorial: cross these alone, with commas between; others are off there."),
+    ] = None,
+    passes: Annotated[
+        bool,
+        typer.Option(
+            "--passes",
+            help="Toggle the graph's fusions instead of the rules, which are the target's own: baseline (none), "
+            "only-PASS, without-PASS, all.",
+        ),
+    ] = False,
     rule: Annotated[
         list[str] | None, typer.Option(metavar="MODULE:CLASS", help="A rule of yours as one more; may be repeated.")
     ] = None,
@@ -57,7 +68,7 @@ def main(
         typer.Option(
             metavar="FILE",
             help="The result as JSON, a row a set; beside it the journal from which a run is taken up. "
-            "Default: artifacts/ablation/MODEL-QUANTIZATION-TARGET-ATTENTION.json.",
+            "Default: artifacts/ablation/MODEL-QUANTIZATION-TARGET-ATTENTION.json, or ...-passes.json.",
         ),
     ] = None,
     figure: Annotated[
@@ -83,7 +94,10 @@ def main(
     ] = "auto",
     device: Annotated[str | None, typer.Option(help='"cuda:1", say; default: the first of the target\'s kind.')] = None,
     runner: Annotated[
-        str, typer.Option(help="vm: TVM's virtual machine. wgpu: WGSL through wgpu. auto: as the target needs.")
+        str,
+        typer.Option(
+            help="vm: TVM's virtual machine. wgpu, node, chromium: WebGPU. auto: vm or wgpu, as the target needs."
+        ),
     ] = "auto",
     tracker: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Measure on a machine behind this TVM RPC tracker.")
@@ -100,7 +114,7 @@ def main(
     ] = True,
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
 ) -> None:
-    """Measure what each schedule rule does: alone, left out, and in every combination.
+    """Measure what each schedule rule does, or each pass of the graph: alone, left out, and in every combination.
 
     Each set is compiled and timed in processes of its own with a time limit. One that raises, hangs, crashes or
     computes something else is a row that says so. Every sample is on the disk before the next is taken: a run that
@@ -110,6 +124,7 @@ def main(
     Examples:
       python -m tuning.ablation --model bundled
       python -m tuning.ablation --model bundled --target webgpu --full-factorial --figure ablation.png
+      python -m tuning.ablation --model bundled --passes
       python -m tuning.ablation --target rtx-4090 --attention materialized --compare baseline,only-gemv
     """
     from tuning.ablation_figure import files_of
@@ -121,23 +136,40 @@ def main(
         raise UserError(f"--repeats {repeats} --timeout {timeout:g} --budget {budget:g}: repeats and timeout above 0")
     pair = _pair(compare)
     if figure is not None:
-        _check_writable("--figure", files_of(figure)[0])
-    plan = _Plan(model, target, quantization, attention, seed, sets, full_factorial, tuple(rule or ()), runner)
+        cli.check_writable("--figure", files_of(figure)[0])
+    crossed = _names("--factors", factors)
+    if crossed is not None and not full_factorial:
+        raise UserError("--factors names what --full-factorial crosses; give both, or --sets alone")
+    given = (_names("--sets", sets), full_factorial, tuple(rule or ()), crossed, passes)
+    plan = _Plan(model, target, quantization, attention, seed, *given, runner)
+    toggles = "passes" if passes else "rules"
     for name in pair or ():
         if name not in [variant.name for variant in plan.variants]:
             raise UserError(f"--compare {compare}: {name} is not among the sets; name it with --sets too")
     if static:
-        _static(plan, Job(model, target, quantization, attention, seed), timeout, format_)
+        _static(plan, Job(model, target, quantization, attention, seed, toggles=toggles), timeout, format_)
         return
-    file = records or FOLDER / f"{plan.source.name}-{quantization}-{plan.target.name}-{attention}.json"
-    _check_writable("--records", file)
+    page = runner if runner in ("node", "chromium") else None
+    if page is not None and device is not None:
+        raise UserError(f"--runner {runner} --device {device}: give one of them; {runner} chooses its device")
+    parts = (
+        plan.source.name,
+        quantization,
+        plan.target.name,
+        attention,
+        *([page] if page else []),
+        *(["passes"] if passes else []),
+    )
+    file = records or FOLDER / f"{'-'.join(parts)}.json"
+    cli.check_writable("--records", file)
     if report:
         _show(plan.recorded(file), format_, pair, None, figure)
         return
     from tuning.ablation_run import Ablation
 
-    where = _where(plan.target, device, tracker, key)
-    job = Job(model, target, quantization, attention, seed, prompt_tokens, generate, where, str(FOLDER / "cache"))
+    where = _where(plan.target, page or device, tracker, key)
+    cache = str(FOLDER / "cache")
+    job = Job(model, target, quantization, attention, seed, prompt_tokens, generate, where, cache, toggles)
     run = Ablation(
         job,
         plan.source,
@@ -167,35 +199,47 @@ class _Plan:
         quantization: str,
         attention: str,
         seed: int,
-        sets: str | None,
+        names: Sequence[str] | None,
         full_factorial: bool,
         extra: Sequence[str],
+        factors: Sequence[str] | None,
+        passes: bool,
         runner: str,
     ) -> None:
         from gpt2_tvm.build import make_plan
         from gpt2_tvm.checkpoint import resolve_model
+        from gpt2_tvm.quantization import get_scheme
         from targets import load_target, specialise
-        from tuning.variants import variants
+        from tuning.variants import cells, pass_cells, pass_variants, variants
 
         self.target: DeviceTarget = specialise(load_target(target))
-        wanted = "wgpu" if self.target.kind == "webgpu" else "vm"
+        wanted = ("wgpu", "node", "chromium") if self.target.kind == "webgpu" else ("vm",)
         if runner not in RUNNERS:
             raise UserError(f"unknown --runner {runner!r}; choose {', '.join(RUNNERS)}")
-        if runner not in ("auto", wanted):
-            raise UserError(f"--runner {runner} cannot run code for {self.target.name}; that takes {wanted}")
-        names = None if sets is None else [name.strip() for name in sets.split(",") if name.strip()]
-        if names == []:
-            raise UserError("--sets names no rule set; leave it out for all, or give baseline,full, say")
+        if runner not in ("auto", *wanted):
+            takes = " or ".join(wanted)
+            raise UserError(f"--runner {runner} cannot run code for {self.target.name}; that takes {takes}")
+        if passes and extra:
+            raise UserError("--rule and --passes: rules stay as they are while passes are toggled; give one of them")
         self.extra = tuple(extra)
-        self.plain: list[Variant] = variants(self.target, names, False, self.extra)
-        self.variants: list[Variant] = variants(self.target, names, full_factorial, self.extra)
+        self.plain: list[Variant]
+        self.variants: list[Variant]
+        if passes:
+            scaled = get_scheme(quantization).widened
+            self.plain = pass_variants(self.target, names, False, scaled)
+            self.variants = pass_variants(self.target, names, full_factorial, scaled, factors)
+            self.design = pass_cells(self.target, scaled, factors)
+        else:
+            self.plain = variants(self.target, names, False, self.extra)
+            self.variants = variants(self.target, names, full_factorial, self.extra, factors)
+            self.design = cells(self.target, self.extra, factors)
         self.source = resolve_model(model, seed=seed)
         make_plan(self.source.config, self.target, quantization, "full", attention)  # refuses what it does not know
 
     def result(self, journal: Any) -> dict[str, Any]:
         from tuning.ablation_results import result
 
-        return result(journal, self.variants, self.target, self.extra)
+        return result(journal, self.variants, self.target, self.extra, self.design)
 
     def recorded(self, file: Path) -> dict[str, Any]:
         """What the records hold: of the journal where there is one, else of the result that was kept without it."""
@@ -212,6 +256,14 @@ class _Plan:
                 pass
             raise UserError(f"{file} is no result of tuning.ablation; give another --records")
         return self.result(Journal.read(journal_of(file)))
+
+
+def _names(option: str, text: str | None) -> list[str] | None:
+    """What an option lists with commas between. UserError for nothing but commas."""
+    names = None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+    if names == []:
+        raise UserError(f"{option} {text!r} names nothing; leave it out, or give names with commas between")
+    return names
 
 
 def journal_of(file: Path) -> Path:
@@ -239,13 +291,6 @@ def _pair(compare: str | None) -> tuple[str, str] | None:
     if len(parts) != 2 or not all(parts):
         raise UserError(f"--compare {compare}: give two sets with a comma between, such as baseline,full")
     return parts[0], parts[1]
-
-
-def _check_writable(option: str, file: Path) -> None:
-    """Refuse now what could not be written after minutes of timing."""
-    folder = next(parent for parent in file.absolute().parents if parent.exists())
-    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"{option} {file} cannot be written there; choose a file in a folder of yours")
 
 
 def _run(

@@ -30,6 +30,7 @@ IDENTITY = {
     "generate_tokens": "number of generated tokens",
     "device": "device",
     "tvm": "TVM",
+    "toggles": "kind of set",  # "passes"; journals of rules do not say
 }
 
 

@@ -24,14 +24,22 @@ ROW_KEYS = (
     *("set", "rules", "status", "detail", "repeats"),
     *(f"{phase}_{key}" for phase in PHASES for key in ("tok_s", "tok_s_sd", "speedup", "speedup_sd")),
     *("hits", "shares", "code", "same_code_as", "difference", "compile_s"),
+    *("launches_prefill", "launches_token", "bytes_token"),
 )
 UNMEASURED = "not-measured"
 
 Row = dict[str, Any]
 
 
-def result(journal: Journal, variants: Sequence[Variant], target: DeviceTarget, extra: Sequence[str]) -> dict[str, Any]:
-    """The result of the sets `variants`, as far as the journal knows them (an interrupted run lacks some)."""
+def result(
+    journal: Journal,
+    variants: Sequence[Variant],
+    target: DeviceTarget,
+    extra: Sequence[str],
+    design: Mapping[tuple[str, ...], frozenset[str]] | None = None,
+) -> dict[str, Any]:
+    """The result of the sets `variants`, as far as the journal knows them (an interrupted run lacks some). design: the
+    factorial design, where it is not that of the target's rules with `extra`."""
     samples = {code: _rates(journal.header, list(of.values())) for code, of in journal.samples.items()}
     rows = [_row(journal, variant, samples) for variant in variants]
     seen: dict[str, str] = {}
@@ -44,7 +52,7 @@ def result(journal: Journal, variants: Sequence[Variant], target: DeviceTarget, 
         for phase in PHASES:
             _add_speedup(row, baseline, phase)
     made: dict[str, Any] = {
-        "identity": {key: journal.header[key] for key in IDENTITY},
+        "identity": {key: journal.header.get(key) for key in IDENTITY},
         "reference": journal.header["reference"],
         "complete": all(row["status"] != UNMEASURED for row in rows),
         "baseline": baseline is not None,
@@ -52,7 +60,7 @@ def result(journal: Journal, variants: Sequence[Variant], target: DeviceTarget, 
         "functions": {code: _functions(journal, code, rows) for code in seen},
         "effects": None,
     }
-    design = cells(target, extra)
+    design = cells(target, extra) if design is None else design
     if set(design) <= {variant.rules for variant in variants}:
         made["effects"] = _effects(design, variants, rows, samples)
     return made
@@ -73,6 +81,7 @@ def _row(journal: Journal, variant: Variant, samples: Mapping[str, dict[str, lis
     if line is None or line["rules"] != list(variant.rules):
         return row
     row["hits"] = dict(Counter(function["rule"] for function in line.get("functions", ())).most_common())
+    row.update({key: line.get(key) for key in ("launches_prefill", "launches_token", "bytes_token")})
     if line["status"] != "ok":
         row.update(status=line["status"], detail=line["detail"])
         return row

@@ -109,6 +109,7 @@ class Ablation:
             "tvm": tvm,
             "reference": ablation_reference.describe(how),
             "tolerance": ablation_reference.tolerance(job.quantization),
+            **({"toggles": job.toggles} if job.toggles != "rules" else {}),
         }
 
     def _reference_file(self, how: str, say: Say) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpt2_tvm.measure.tables import markdown_table
-from tuning.ablation_work import Job
+from tuning.ablation_work import Job, schedule
 from tuning.children import Announce, run_once
 from tuning.variants import Variant
 
@@ -18,6 +18,7 @@ Row = dict[str, Any]
 COLUMNS = (
     ("launches_prefill", "launches a prefill"),
     ("launches_token", "launches a token"),
+    ("bytes_token", "bytes a token"),
     ("registers_max", "registers"),
     ("shared_max_bytes", "shared B"),
     ("occupancy_min", "occupancy"),
@@ -29,12 +30,22 @@ MOST_INSTRUCTIONS = 12
 
 
 def compile_one(announce: Announce, job: Job, rules: str) -> Row:
-    """`tuning.static.summary` of a rule set; runs in a child."""
+    """`tuning.static.summary` of a set, and the bytes that a token moves; runs in a child."""
+    lowered = schedule(announce, job, rules)
     announce("building")
     from tuning.static.rows import static_rows, summary
 
-    found = static_rows(job.model, job.target, rules, job.quantization, job.attention, progress=_progress(announce))
-    return summary(found)
+    names = job.choices(rules)
+    found = static_rows(
+        job.model,
+        job.target,
+        names[0],
+        job.quantization,
+        job.attention,
+        progress=_progress(announce),
+        passes=names[1],
+    )
+    return {**summary(found), "bytes_token": lowered["bytes_token"]}
 
 
 def _progress(announce: Announce) -> Callable[[str, float], None]:

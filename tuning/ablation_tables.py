@@ -63,7 +63,11 @@ def _rules(row: Row) -> str:
 def _rates(result: Mapping[str, Any]) -> str:
     """The study's table: one row a set."""
     identity, rows = result["identity"], result["rows"]
-    headings = ["set", "rules", "prefill tok/s", "speedup", "decode tok/s", "speedup", "repeats", "result"]
+    what = "passes" if identity.get("toggles") == "passes" else "rules"
+    headings = ["set", what, "prefill tok/s", "speedup", "decode tok/s", "speedup", "repeats", "result"]
+    counted = any(row.get("launches_token") is not None for row in rows)
+    kind = "Graph passes" if what == "passes" else "Schedule rules"
+    headings[6:6] = ["launches a token", "MB a token"] if counted else []
     table = []
     for row in rows:
         cells = [row["set"], _rules(row)]
@@ -72,9 +76,12 @@ def _rates(result: Mapping[str, Any]) -> str:
             cells.append(plus_minus(row[f"{phase}_speedup"], row[f"{phase}_speedup_sd"]))
         shared = row["status"] == "ok" and row["same_code_as"]
         verdict = f"same code as {row['same_code_as']}" if shared else row["status"]
+        if counted:
+            count, nbytes = row.get("launches_token"), row.get("bytes_token")
+            cells += ["" if count is None else str(count), "" if nbytes is None else number(nbytes / 1e6)]
         table.append([*cells, str(row["repeats"] or ""), verdict])
     text = (
-        f"Schedule rules of {identity['model']} {identity['quantization']} for {identity['target']}, "
+        f"{kind} of {identity['model']} {identity['quantization']} for {identity['target']}, "
         f"{identity['attention']} attention, {identity['prompt_tokens']} + {identity['generate_tokens']} tokens, "
         f"on {identity['device']}.\n\n"
     )
@@ -91,7 +98,7 @@ def _rates(result: Mapping[str, Any]) -> str:
 def _hits(rows: list[Row]) -> str:
     """Functions by rule, and where functions were timed the share of prefill and of a decode step."""
     hit = {rule for row in rows for rule in row["hits"]}
-    order = list(dict.fromkeys(["ours", *(rule for row in rows for rule in row["rules"]), "none"]))
+    order = list(dict.fromkeys(["ours", *(r for row in rows for r in (*row["rules"], *row["hits"])), "none"]))
     rules = [rule for rule in order if rule in hit]
     if not rules:
         return "No set was scheduled.\n"

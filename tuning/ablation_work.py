@@ -18,6 +18,10 @@ FEWEST_CYCLES = 3  # of short ones: the first of a turn finds its threads asleep
 SHORT_S = 0.5
 
 
+WEB = ("node", "chromium")  # devices that `runners.web` knows
+SOFTWARE = ("swiftshader", "llvmpipe", "microsoft basic render")
+
+
 @dataclass(frozen=True)
 class Job:
     """What all rule sets of an ablation have in common; goes to every child.
@@ -27,6 +31,7 @@ class Job:
         prompt_tokens, generate_tokens: what a turn times: a prefill from an empty cache, then greedy decoding.
         device: as for `Engine`.
         cache: the folder for artifacts and the reference.
+        toggles: what a set is of: "rules", or "passes" (then with the target's full rules).
     """
 
     model: str
@@ -38,6 +43,13 @@ class Job:
     generate_tokens: int = 64
     device: str | None = None
     cache: str = "artifacts/ablation/cache"
+    toggles: str = "rules"
+
+    def choices(self, names: str) -> tuple[str, str]:
+        """(rules, passes), as `compile_model` takes them, of a set: names with commas between, or baseline for none."""
+        if self.toggles == "passes":
+            return "full", "none" if names == "baseline" else names
+        return names, "all"
 
     @property
     def remote(self) -> bool:
@@ -61,6 +73,8 @@ def probe(announce: Announce, job: Job) -> dict[str, Any]:
     wanted = job.device or target.kind
     otherwise = "run where there is one, or look at the compile-time half with --static"
     announce(f"device {wanted}")
+    if target.kind == "webgpu" and wanted in WEB:
+        return _ask_page(wanted)
     if wanted.split(":")[0] != target.kind:
         raise UserError(f"--device {wanted}: code for {target.name} runs on a {target.kind} device")
     if target.kind == "cpu":
@@ -69,9 +83,9 @@ def probe(announce: Announce, job: Job) -> dict[str, Any]:
             raise UserError(f"--target {target.name}: this CPU lacks {', '.join(lacking)}; {otherwise}")
         return {"device": processor_name(), "memory_bytes": None}
     if target.kind == "webgpu":
-        from gpt2_tvm.runners.wgpu import _open
+        from gpt2_tvm.runners.wgpu import open_device
 
-        device = _open(job.device)
+        device = open_device(job.device)
         # wgpu does not tell a GPU's memory; a software device has the machine's
         return {"device": device.name, "memory_bytes": None if device.is_software else 2 << 30}
     import tvm
@@ -93,7 +107,7 @@ def probe(announce: Announce, job: Job) -> dict[str, Any]:
 def _ask_worker(address: str, kind: str) -> str:
     """What the worker at rpc://... calls its device. UserError where it cannot be reached or has none."""
     from gpt2_tvm.errors import UserError
-    from gpt2_tvm.runners.rpc import _device_name
+    from gpt2_tvm.runners.rpc import device_name
     from gpt2_tvm.runners.rpc_session import open_session, parse_address
 
     where = parse_address(address)
@@ -101,12 +115,26 @@ def _ask_worker(address: str, kind: str) -> str:
     device = worker.device(kind)
     if not device.exist:
         raise UserError(f"the worker at {where} has no {kind} device that TVM's runtime can use; choose another --key")
-    return f"{_device_name(worker, device, kind)} at {where}"
+    return f"{device_name(worker, device, kind)} at {where}"
+
+
+def _ask_page(runner: str) -> dict[str, Any]:
+    from gpt2_tvm.runners.web import Agent
+
+    page = Agent(None, runner)
+    try:
+        name = str(page.facts["adapter"])
+        software = any(word in name.lower() for word in SOFTWARE)
+        # WebGPU does not tell a GPU's memory; a software device has the machine's
+        return {"device": f"{name} in {page.where}", "memory_bytes": None if software else 2 << 30}
+    finally:
+        page.close()
 
 
 def schedule(announce: Announce, job: Job, rules: str) -> dict[str, Any]:
     """Lower a rule set without building it: {"code": digest of the scheduled module and of all else that decides an
-    artifact, "functions": name, role, rule, kernels and calls of each, as in the manifest}.
+    artifact, "functions": name, role, rule, kernels and calls of each, as in the manifest, "launches_prefill",
+    "launches_token", "bytes_token": of a greedy step after the prompt, what its functions must move}.
     """
     announce("start: importing TVM")
     import tvm_ffi
@@ -119,12 +147,16 @@ def schedule(announce: Announce, job: Job, rules: str) -> dict[str, Any]:
     source = resolve_model(job.model, seed=job.seed)
     target = specialise(load_target(job.target))
     widths = (ablation_reference.WIDTH,)
-    plan = make_plan(source.config, target, job.quantization, rules, job.attention, verify_widths=widths)
+    names = job.choices(rules)
+    plan = make_plan(
+        source.config, target, job.quantization, names[0], job.attention, (1,), None, widths, passes=names[1]
+    )
     announce("lowering and scheduling")
     with target.tvm_target():
         lowered, _ = lower_plan(plan)
         announce("scheduled: listing functions")
-        rows = function_table(lowered, plan)["functions"]
+        table = function_table(lowered, plan)
+    rows = table["functions"]
     bare = [row for row in rows if target.kind != "cpu" and row["kernels"] == 0]
     if bare:  # TVM refuses it on CUDA and Metal with this question; for webgpu it does not look
         name, rule = bare[0]["name"], bare[0]["rule"]
@@ -138,7 +170,25 @@ def schedule(announce: Announce, job: Job, rules: str) -> dict[str, Any]:
     }
     del made_of["target"]["rules"]  # what they did is in the module
     functions = [{key: row[key] for key in ("name", "role", "rule", "kernels", "calls")} for row in rows]
-    return {"code": ablation_cache.digest(made_of), "functions": functions}
+    return {
+        "code": ablation_cache.digest(made_of),
+        "functions": functions,
+        "launches_prefill": table["launches"]["prefill"],
+        "launches_token": table["launches_per_decode"],
+        "bytes_token": bytes_of(rows, "greedy_b1", job.prompt_tokens),
+    }
+
+
+def bytes_of(rows: list[dict[str, Any]], call: str, prompt_tokens: int) -> int | None:
+    """Bytes that the functions of one call at batch 1 must move, each its own arguments, after a prompt; None where one
+    of them does not say."""
+    from gpt2_tvm.expressions import evaluate
+
+    sizes = {"b": 1, "n": 1, "p": prompt_tokens}
+    called = [row for row in rows if row["calls"].get(call)]
+    if any(row["bytes"] is None for row in called):
+        return None
+    return sum(row["calls"][call] * evaluate(row["bytes"], sizes) for row in called)
 
 
 def build(announce: Announce, job: Job, rules: str, made_from: str) -> dict[str, Any]:
@@ -163,10 +213,11 @@ def build(announce: Announce, job: Job, rules: str, made_from: str) -> dict[str,
         job.target,
         job.quantization,
         folder,
-        rules,
+        job.choices(rules)[0],
         job.attention,
         verify_widths=(ablation_reference.WIDTH,),
         seed=job.seed,
+        passes=job.choices(rules)[1],
         progress=lambda what, share: announce(what) if share else None,
     )
     ablation_cache.keep_one_copy(folder)
@@ -184,7 +235,7 @@ class Subject:
         self._announce, self._job = announce, job
         self._engine = Engine(folder, job.device)
         self._prompt: Any = None
-        if self._engine.artifact.kind == "webgpu":
+        if self._engine.artifact.kind == "webgpu" and job.device not in WEB:  # a page has compiled them all by now
             from gpt2_tvm.runners.wgpu import KERNELS
             from gpt2_tvm.runners.wgpu_device import parse_wgsl
 

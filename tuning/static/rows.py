@@ -63,6 +63,7 @@ def static_rows(
     max_seq_len: int | None = None,
     pipelines: bool = False,
     progress: Progress | None = None,
+    passes: str = "all",
 ) -> list[Row]:
     """Compile `model` for `target` without its weights, and say what each kernel is made of.
 
@@ -83,7 +84,8 @@ def static_rows(
     device = specialise(load_target(target))
     widths = build.VERIFY_WIDTHS if verify_widths is None else verify_widths
     config = resolve_model(str(model)).config
-    plan = build.make_plan(config, device, quantization, rules, attention, batch_sizes, max_seq_len, widths)
+    sizes = (batch_sizes, max_seq_len, widths)
+    plan = build.make_plan(config, device, quantization, rules, attention, *sizes, passes=passes)
     toolchains.prepare(plan.target)
     say("importing TVM", 0.02)
     import tvm

@@ -1,6 +1,7 @@
 """Linear layers and token tables for each layout of a weight.
 
-`rows`: [N, K] as in PyTorch; the product becomes NT_matmul, which DLight's GEMV and Matmul take.
+`rows`: [N, K] as in PyTorch; the product becomes NT_matmul, which DLight's GEMV and Matmul take. Quantised, it is
+words [N, K/4 or K/8], and the product spreads them where it loads them (`kernels/dequantise.py`).
 `packed`: panels [ceil(N/NR), K, NR] (`kernels/packed_linear.py`): a CPU streams it once, a vector register wide, for
 one row or many.
 """
@@ -8,39 +9,18 @@ one row or many.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import numpy as np
 from tvm import te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
+from gpt2_tvm.kernels.dequantise import ATTRIBUTES, dequantised_matmul, grouped_matmul
 from gpt2_tvm.kernels.math import activation as activate
-from gpt2_tvm.kernels.packed_linear import pack, packed_matmul
-from gpt2_tvm.quantization import Scheme
+from gpt2_tvm.kernels.packed_linear import packed_matmul
+from gpt2_tvm.quantization import SCALE, Scheme
+from gpt2_tvm.quantization.forms import WeightLayout, form_of
 
-
-@dataclass(frozen=True)
-class WeightLayout:
-    """panel_rows: NR of the packed layout, 0 for plain rows · fast_math: vectorisable activations instead of libm calls
-    (CPUs)."""
-
-    panel_rows: int = 0
-    fast_math: bool = False
-
-    def shape(self, n: int, k: int) -> list[int]:
-        """Stored shape of a weight that maps k inputs to n outputs."""
-        return [-(-n // self.panel_rows), k, self.panel_rows] if self.panel_rows else [n, k]
-
-    def store(self, weight: np.ndarray) -> np.ndarray:
-        """[n, k] -> the stored array."""
-        return pack(weight, self.panel_rows) if self.panel_rows else np.ascontiguousarray(weight)
-
-    def element(self, stored: te.Tensor, row: tirx.Expr, column: tirx.Expr) -> tirx.Expr:
-        """Element [row, column] of the matrix that `stored` holds."""
-        if self.panel_rows:
-            return stored[row // self.panel_rows, column, row % self.panel_rows]
-        return stored[row, column]
+__all__ = ["Linear", "Matrix", "WeightLayout"]
 
 
 class Matrix(nn.Module):
@@ -53,29 +33,46 @@ class Matrix(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.layout = layout
-        self.weight = nn.Parameter(layout.shape(out_features, in_features), scheme.weight_dtype)
-        if scheme.scaled:
-            self.weight_scale = nn.Parameter([out_features], "float32")
-        self.scaled = scheme.scaled
+        self.form = form_of(scheme, layout)
+        self.compute_dtype = scheme.compute_dtype
+        self.quantised = scheme.scaled
+        shapes = self.form.parameters(out_features, in_features)
+        self.weight = nn.Parameter(*shapes[""])
+        if SCALE in shapes:
+            self.weight_scale = nn.Parameter(*shapes[SCALE])
 
     def product(self, x: Tensor) -> Tensor:
-        """[b, n, K] -> [b, n, N] float32. A scale multiplies the finished sum, once an output."""
-        if not self.layout.panel_rows:
-            return op.matmul(x, op.permute_dims(self.weight), out_dtype="float32")
-        out_features = self.out_features
-        y = op.tensor_expr_op(lambda x, w: packed_matmul(x, w, out_features), "packed_matmul", [x, self.weight])
-        return op.multiply(y, self.weight_scale) if self.scaled else y
+        """[b, n, K] -> [b, n, N] float32. A row's scale multiplies the finished sum, once an output."""
+        n, form, packed = self.out_features, self.form, bool(self.layout.panel_rows)
+        if not self.quantised:
+            if not packed:
+                return op.matmul(x, op.permute_dims(self.weight), out_dtype="float32")
+            return op.tensor_expr_op(lambda x, w: packed_matmul(x, w, n), "packed_matmul", [x, self.weight])
+        stored = [self.weight] if form.row_scale else [self.weight, self.weight_scale]
+        if not packed:
+            y = op.tensor_expr_op(
+                lambda x, *w: dequantised_matmul(x, w, form.unscaled_element, n, self.compute_dtype),
+                "dequantise_matmul",
+                [x, *stored],
+                attrs=ATTRIBUTES,
+            )
+        elif form.row_scale:
+            y = op.tensor_expr_op(lambda x, w: packed_matmul(x, w, n), "packed_matmul", [x, self.weight])
+        else:
+            y = op.tensor_expr_op(
+                lambda x, *w: grouped_matmul(x, w, form.unscaled_element, n), "packed_matmul", [x, *stored]
+            )
+        return op.multiply(y, self.weight_scale) if form.row_scale else y
 
     def parameters_of_rows(self) -> list[Tensor]:
         """What `row_element` needs as arguments of the function that it is used in."""
-        return [self.weight, self.weight_scale] if self.scaled else [self.weight]
+        return [self.weight, self.weight_scale] if self.quantised else [self.weight]
 
     def row_element(self, parameters: Sequence[te.Tensor], row: tirx.Expr, column: tirx.Expr, dtype: str) -> tirx.Expr:
         """Element [row, column] of the matrix as `dtype`, dequantised."""
-        element = self.layout.element(parameters[0], row, column)
-        if not self.scaled:
-            return element.astype(dtype)
-        return (element.astype("float32") * parameters[1][row]).astype(dtype)
+        if not self.quantised:
+            return self.layout.element(parameters[0], row, column).astype(dtype)
+        return self.form.element(parameters, row, column).astype(dtype)
 
 
 class Linear(Matrix):

@@ -34,8 +34,9 @@ from tvm.target import Target
 
 from gpt2_tvm.kernels.math import Expr, static
 from gpt2_tvm.schedules.blocking import LINE_BYTES, Blocking
+from gpt2_tvm.schedules.cpu_group_gemv import group_product, rows_at_once
 from gpt2_tvm.schedules.cpu_matmul import GEMV_ROWS, PackedMatmul, emit_epilogue, match_packed_matmul
-from gpt2_tvm.schedules.stages import Buffer, alloc, bind, loop, scheduled, takes, vector_loop
+from gpt2_tvm.schedules.stages import Buffer, alloc, bind, loop, prefetch, scheduled, takes, vector_loop
 
 # Multiply-adds under which a second thread costs more than it saves (waking the pool: 2 to 10 us)
 PARALLEL_WORK = 65536
@@ -63,7 +64,9 @@ class CpuGemv(dlight.ScheduleRule):
         n, k = m.shape
         blocking = Blocking.of(self.processor, target)
         lanes = blocking.lanes_in(m.panel_rows)
-        groups = -(-rows // blocking.rows_in_registers(m.panel_rows // lanes))
+        columns = m.panel_rows // lanes
+        at_once = blocking.rows_in_registers(columns) if m.element is None else rows_at_once(blocking, columns)
+        groups = -(-rows // at_once)
         group_rows = -(-rows // groups)
         panels = -(-n // m.panel_rows)
         kind = T.parallel if panels > 1 and rows * n * k >= PARALLEL_WORK else T.serial
@@ -74,7 +77,8 @@ class CpuGemv(dlight.ScheduleRule):
             with loop(kind, "panel", panels) as panel, loop(T.serial, "group", groups) as group:
                 # a short last group starts earlier: a row computed twice is simpler than a second kernel
                 first = bind("first_row", tirx.min(group * group_rows, T.int64(rows - group_rows)))
-                sums = _product(m, blocking, panel, group_rows, lambda r, k: x(first + r, k))
+                product = _product if m.element is None else group_product
+                sums = product(m, blocking, panel, group_rows, lambda r, k: x(first + r, k))
                 with loop(T.serial, "row", group_rows) as row:
                     emit_epilogue(m, lanes, first + row, panel, lambda c: tirx.BufferLoad(sums, [row, c]))
 
@@ -121,7 +125,7 @@ def _product(m: PackedMatmul, blocking: Blocking, panel: Expr, rows: int, x: Cal
     with loop(T.serial, "k", k_extent // sets) as k:
         for at in range(0, sets * step_bytes if ahead else 0, LINE_BYTES):  # past the panel's end lies the next one
             step, column = divmod(at, step_bytes)
-            _prefetch(m.weight, [panel, k * sets + (ahead + step), T.int64(column // item_bytes)])
+            prefetch(m.weight, [panel, k * sets + (ahead + step), T.int64(column // item_bytes)])
         for s in range(sets):
             multiply(s, k * sets + s)
     for k_tail in range(k_extent // sets * sets, k_extent):
@@ -132,10 +136,3 @@ def _product(m: PackedMatmul, blocking: Blocking, panel: Expr, rows: int, x: Cal
                 parts = [tirx.BufferLoad(acc[s, r, v], [lane]) for s in range(sets)]
                 T.buffer_store(sums, reduce(operator.add, parts), [r, v * lanes + lane])
     return sums
-
-
-def _prefetch(buffer: Buffer, indices: list[Expr]) -> None:
-    """Ask for the line that holds an element, for reading, into all caches; one past the buffer's end is no fault."""
-    address = tirx.address_of(tirx.BufferLoad(buffer, indices))
-    read, everywhere, data = (tirx.const(v, "int32") for v in (0, 3, 1))
-    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, read, everywhere, data))

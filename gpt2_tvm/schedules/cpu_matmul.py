@@ -80,7 +80,8 @@ class PackedMatmul:
     """A function that is a `packed_matmul` and what follows it elementwise.
 
     row_loops: the loops over rows; column, k: the loops over N and K. x: the (float32) factor from x, over row_loops
-    and k. weight: the buffer [P, K, NR]. epilogue: stages over row_loops and a column, the product among their loads.
+    and k. weight: the buffer [P, K, NR]; of 4-bit weights their words [P, K/8, NR], and `element` is the (float32)
+    factor from them and their scales. epilogue: stages over row_loops and a column, the product among their loads.
     """
 
     row_loops: tuple[Loop, ...]
@@ -91,6 +92,7 @@ class PackedMatmul:
     product: Buffer
     epilogue: tuple[Stage, ...]
     outputs: tuple[Buffer, ...]
+    element: Expr | None = None
 
     @property
     def panel_rows(self) -> int:
@@ -113,6 +115,9 @@ class PackedMatmul:
 
     def weight_at(self, panel: Expr, k: Expr, column: Expr) -> Expr:
         """W[panel, k, column] as float32."""
+        if self.element is not None:
+            at = {load.source: partial(_in_panel, load.source, panel, column) for load in loads(self.element)}
+            return rewrite(self.element, {self.k.var: k}, at)
         element = tirx.BufferLoad(self.weight, [panel, k, column])
         return element if self.weight.dtype == "float32" else tirx.Cast("float32", element)
 
@@ -138,12 +143,18 @@ def match_packed_matmul(func: tirx.PrimFunc) -> PackedMatmul | None:
         product=product.buffer,
         epilogue=tuple(epilogue),
         outputs=tuple(func.params),
+        element=found[2],
     )
     return matched if all(_follows(stage, product, stages) for stage in epilogue) else None
 
 
-def _factors(product: Stage, column: Loop) -> tuple[Expr, Buffer] | None:
-    """(x, W) of `acc + float32(x) * float32(W[o // NR, k, o % NR])`, or None."""
+def _in_panel(buffer: Buffer, panel: Expr, column: Expr, indices: list[Expr]) -> Expr:
+    return tirx.BufferLoad(buffer, [panel, indices[1], column])
+
+
+def _factors(product: Stage, column: Loop) -> tuple[Expr, Buffer, Expr | None] | None:
+    """(x, W, element) of `acc + float32(x) * float32(W[o // NR, k, o % NR])`, where element is None, or of `acc +
+    float32(x) * element`, which reads the words W of 4-bit weights and their scales; None for anything else."""
     total = product.value
     if not (isinstance(total, tirx.Add) and isinstance(product.init, tirx.FloatImm) and product.init.value == 0):
         return None
@@ -153,18 +164,42 @@ def _factors(product: Stage, column: Loop) -> tuple[Expr, Buffer] | None:
     for x, factor in ((term.a, term.b), (term.b, term.a)):
         load = factor.value if isinstance(factor, tirx.Cast) else factor
         if isinstance(load, ir.TensorLoad) and len(load.indices) == 3 and _is_panel_access(load, product, column):
-            return x, load.source
+            return x, load.source, None
+        read = loads(factor)
+        words = [at.source for at in read if at.source.dtype == "uint32"]
+        if len(words) == 1 and len(read) == 2 and all(_is_group_access(at, product, column) for at in read):
+            return x, words[0], factor
     return None
 
 
-def _is_panel_access(load: ir.TensorLoad, product: Stage, column: Loop) -> bool:
-    rows, extent = static(load.source.shape[2]), static(column.extent)
-    if rows is None or extent is None or len(product.reduced) != 1 or static(product.reduced[0].extent) is None:
+def _is_group_access(load: ir.TensorLoad, product: Stage, column: Loop) -> bool:
+    """Whether a load is of a panel's array at the column, and at a fraction of k: of words, and of scales."""
+    if len(load.indices) != 3 or len(product.reduced) != 1:
+        return False
+    k = product.reduced[0].var
+    place = [load.indices[0], load.indices[2]]
+    part = load.indices[1]
+    if not (isinstance(part, tirx.FloorDiv) and part.a.same_as(k) and static(part.b) is not None):
+        return False
+    return _is_panel_place(place, load.source.shape[2], column) and static(product.reduced[0].extent) is not None
+
+
+def _is_panel_place(place: Sequence[Expr], panel_rows: Expr, column: Loop) -> bool:
+    """Whether indices are those of a column's panel, and of the column within it."""
+    rows, extent = static(panel_rows), static(column.extent)
+    if rows is None or extent is None:
         return False
     analyzer = sym.Analyzer()
     analyzer.bind(column.var, ir.Range(0, column.extent))
-    expected = (tirx.floordiv(column.var, rows), product.reduced[0].var, tirx.floormod(column.var, rows))
-    return all(analyzer.can_prove_equal(i, e) for i, e in zip(load.indices, expected, strict=True))
+    expected = (tirx.floordiv(column.var, rows), tirx.floormod(column.var, rows))
+    return all(analyzer.can_prove_equal(i, e) for i, e in zip(place, expected, strict=True))
+
+
+def _is_panel_access(load: ir.TensorLoad, product: Stage, column: Loop) -> bool:
+    if len(product.reduced) != 1 or static(product.reduced[0].extent) is None:
+        return False
+    place, k = [load.indices[0], load.indices[2]], load.indices[1]
+    return k.same_as(product.reduced[0].var) and _is_panel_place(place, load.source.shape[2], column)
 
 
 def _follows(stage: Stage, product: Stage, stages: Sequence[Stage]) -> bool:
@@ -281,7 +316,7 @@ def _multiply(m: PackedMatmul, tiling: Tiling, packed: Buffer, first: Expr, coun
         start = bind("start", task // panels * block_tiles)
         stop = bind("stop", tirx.min(start + block_tiles, count))
         sums = alloc("sums", [tiling.block_tiles * mr, nr], "float32")
-        wide = m.weight.dtype != "float32"
+        wide = m.weight.dtype != "float32" or m.element is not None
         w = alloc("w_block", [tiling.k_block, nr], "float32") if wide else m.weight
         with loop(T.serial, "k_outer", _ceil(k_extent, tiling.k_block)) as k_outer:
             k_first = bind("k_first", k_outer * tiling.k_block)

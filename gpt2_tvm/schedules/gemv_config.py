@@ -143,3 +143,33 @@ def stock_config(target: Target, outputs: int | None, reduction: int | None, gro
     fixed = _STOCK.get(kind, _STOCK_ELSE)
     vec_c = min(largest_factor(tile_r, (1, 2, 4, 8)), fixed["vec_c"])
     return replace(GemvConfig(ts, tr), **{**fixed, "vec_c": vec_c, "tile_r": tile_r, "tile_s": 1})
+
+
+QUANTISED_THREADS = 128  # of a block: enough blocks for a large GPU even where there are 768 outputs
+_POWERS = (1, 2, 4, 8, 16, 32)  # threads along the reduction: what a warp folds without shared memory
+
+
+def quantised_config(target: Target, outputs: int | None, reduction: int | None, a_word: int) -> GemvConfig:
+    """Where a product with quantised weights stands untuned: loads of 16 bytes (of fewer where rows are no multiple of
+    them), and as many threads along r as leave no predicate.
+
+    a_word: weights in a word of 32 bits, 4 (int8) or 8.
+    """
+    kind = str(target.kind.name)
+    words = [w for w in (4, 2, 1) if reduction and reduction % (w * a_word) == 0] or [1]
+    along = [largest_factor(reduction // (w * a_word), _POWERS) if reduction else 1 for w in words]
+    # a row that is no whole number of loads, or too few threads along it: some of them have nothing to do at its end
+    loaded, tr = next(((w, t) for w, t in zip(words, along, strict=True) if t >= 4), (words[0], 8))
+    threads = min(QUANTISED_THREADS, int(target.attrs["max_num_threads"]))
+    return GemvConfig(
+        ts=max(1, threads // tr),
+        tr=tr,
+        tile_s=1,
+        tile_r=loaded * a_word,
+        vec_load=4 * loaded,
+        vec_c=4,
+        s_axis="y",
+        shared_vector=kind == "cuda",
+        vec_shared=8,
+        unroll=256,
+    )

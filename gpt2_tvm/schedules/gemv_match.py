@@ -2,6 +2,9 @@
 
 Two ways to recognise it. One row: DLight's own analysis, so that exactly the functions are taken that `dl.gpu.GEMV`
 takes. Two to eight rows, which that analysis declines: the weight's indices are (s, r), the activation's (rows, r).
+
+A quantised weight (`kernels/dequantise.py`) is the words that it lies in, (s, r // 4) for int8 and (s, r // 8) for 4
+bits: `match_gemv` inlines the stage that spreads them into the product.
 """
 
 from __future__ import annotations
@@ -10,12 +13,15 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.s_tir.dlight import analysis
+from tvm.s_tir.dlight.analysis import get_root_block
 from tvm.s_tir.dlight.analysis.gemv import get_reduction_expr
 from tvm.s_tir.dlight.base import try_inline_contiguous_spatial
 
 MAX_ROWS = 8
+PACKED = {4: "int8", 8: "int4"}  # weights in a word of 32 bits
 
 
 @dataclass
@@ -43,7 +49,50 @@ class GemvMatch:
     vector: int = 0
 
     def weight_dtype(self, sch: s_tir.Schedule) -> str:
-        return str(sch.get(self.block).reads[self.weight].source.dtype)
+        """Of a weight; "int8" and "int4" where words of 32 bits hold several."""
+        read = sch.get(self.block).reads[self.weight]
+        return PACKED.get(_weights_a_word(read), str(read.source.dtype))
+
+
+def _weights_a_word(read: Any) -> int:
+    """4 or 8 for words of which each holds so many neighbouring weights, else 1."""
+    last = read.region[-1].min
+    if str(read.source.dtype) == "uint32" and isinstance(last, tirx.FloorDiv) and isinstance(last.b, tirx.IntImm):
+        return int(last.b)
+    return 1
+
+
+def is_quantised(func: tirx.PrimFunc) -> bool:
+    """Whether a function reads words of 32 bits, as quantised weights do."""
+    return any(str(getattr(p, "dtype", "")) == "uint32" for p in func.params)
+
+
+def without_rounding(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """A product with a quantised weight, its elements spread as float32 where it multiplies them; other functions as
+    they are.
+
+    The stage that spreads them may store float16, for tensor cores; a GEMV would convert to float16 and back.
+    """
+    if not is_quantised(func):
+        return func
+    sch = s_tir.Schedule(func)
+    for block in sch.get_child_blocks(get_root_block(sch)):
+        stage = sch.get(block)
+        words = any(str(read.source.dtype) == "uint32" for read in stage.reads)
+        spatial = all(i.iter_type == tirx.IterVar.DataPar for i in stage.iter_vars)
+        made = stage.writes[0].source
+        between = not any(made.same_as(p) for p in func.params)  # a function may do nothing but spread (embed)
+        if words and spatial and between and str(made.dtype) == "float16":
+            sch.compute_inline(block)
+    (inlined,) = sch.mod.functions.values()
+
+    def narrow(cast: tirx.Cast) -> Any:
+        inner = cast.value
+        if isinstance(inner, tirx.Cast) and str(inner.ty.dtype) == "float16" and cast.ty == inner.value.ty:
+            return inner.value
+        return cast
+
+    return inlined.with_body(tvm_ffi.structural_map(inlined.body, [(tirx.Cast, narrow)]))
 
 
 def match_gemv(sch: s_tir.Schedule) -> GemvMatch | None:
@@ -79,7 +128,10 @@ def _one_row(sch: s_tir.Schedule, info: Any, epilogue: Any) -> GemvMatch | None:
 def _several_rows(sch: s_tir.Schedule, info: Any, epilogue: Any) -> GemvMatch | None:
     block = sch.get(info.block_rv)
     kinds = {i.var: i.kind for i in info.iters}
-    if list(kinds.values()).count("R") != 1 or len(block.reads) != 2 or get_reduction_expr(block) is None:
+    if list(kinds.values()).count("R") != 1 or get_reduction_expr(block) is None:
+        return None
+    quantised = len(block.reads) > 1 and _weights_a_word(block.reads[1]) in PACKED
+    if len(block.reads) != 2 and not (quantised and len(block.reads) == 3):  # the third: scales of groups
         return None
     used = []
     for read in block.reads:
@@ -91,7 +143,10 @@ def _several_rows(sch: s_tir.Schedule, info: Any, epilogue: Any) -> GemvMatch | 
     vector, weight = 0, 1
     rows, outputs = used[vector] & spatial, used[weight] & spatial
     last = block.reads[weight].region[-1].min
+    last = last.a if quantised else last
     if reduction not in used[vector] or not last.same_as(reduction) or rows & outputs or rows | outputs != spatial:
+        return None
+    if any(others & rows for others in used[2:]):
         return None
     if len(outputs) != 1 or not rows:
         return None

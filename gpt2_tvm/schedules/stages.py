@@ -59,25 +59,25 @@ class Stage:
         )
 
 
-def read_stages(func: tirx.PrimFunc) -> list[Stage] | None:
+def read_stages(func: tirx.PrimFunc, fast_math: bool = True) -> list[Stage] | None:
     """The stages of a function that no schedule has touched, in order; None where it has another form.
 
-    Producers (stages without a reduction, before any) are inlined into their readers, and transcendental functions are
-    replaced by ones that vectorise.
+    Producers (stages without a reduction, before any) are inlined into their readers, and with `fast_math`
+    transcendental functions are replaced by ones that vectorise (CPUs).
     """
     if not isinstance(func, tirx.PrimFunc) or not isinstance(func.body, s_tir.SBlockRealize):
         return None
     root = func.body.block.body
     stages = []
     for nest in root.seq if isinstance(root, tirx.SeqStmt) else [root]:
-        stage = _read_stage(nest)
+        stage = _read_stage(nest, fast_math)
         if stage is None:
             return None
         stages.append(stage)
     return _inline_producers(stages, outputs=func.params)
 
 
-def _read_stage(nest: tirx.Stmt) -> Stage | None:
+def _read_stage(nest: tirx.Stmt, fast_math: bool) -> Stage | None:
     loops: dict[ir.Var, Expr] = {}
     while isinstance(nest, tirx.For):
         if nest.kind != tirx.ForKind.SERIAL or static(nest.min) != 0:
@@ -96,11 +96,12 @@ def _read_stage(nest: tirx.Stmt) -> Stage | None:
     if block.init is not None and not isinstance(block.init, tirx.BufferStore):
         return None
     store = block.body
+    value = rewrite(store.value, values)
     return Stage(
         loops=tuple(Loop(var, extent, var in reduce_vars) for var, extent in loops.items()),
         buffer=store.buffer,
         indices=tuple(rewrite(i, values) for i in store.indices),
-        value=vectorise_intrinsics(rewrite(store.value, values)),
+        value=vectorise_intrinsics(value) if fast_math else value,
         init=None if block.init is None else block.init.value,
     )
 
@@ -152,6 +153,13 @@ def alloc(name: str, shape: Sequence[Expr], dtype: str) -> Buffer:
     """
     extents = [T.int64(s) if isinstance(s, int) else s for s in shape]
     return IRBuilder.name(name, T.alloc_buffer(extents, dtype, scope="global"))
+
+
+def prefetch(buffer: Buffer, indices: list[Expr]) -> None:
+    """Ask for the line that holds an element, for reading, into all caches; one past the buffer's end is no fault."""
+    address = tirx.address_of(tirx.BufferLoad(buffer, indices))
+    read, everywhere, data = (tirx.const(v, "int32") for v in (0, 3, 1))
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, read, everywhere, data))
 
 
 def vector_loop(name: str, extent: Expr, lanes: int, body: Callable[[Expr], None], start: Expr | int = 0) -> None:

@@ -13,6 +13,10 @@ that is not copied: where nothing follows the product and TS · TILE_S does not 
 kernel writes past the end of y, because TVM lowers a reduction across threads without the block's predicate (the
 head of GPT-2: N = 50257, TS = 16 on CUDA). Here the sum goes through a register and a copy that has the predicate.
 Products that run over the weight's outer axis (p·V of materialised attention on Metal) are left to DLight.
+
+Quantised weights (int8, 4 bits) are one more kind: what is loaded, vec_load bytes at a time, are the words that they
+lie in, and each is spread in registers where it is multiplied. Their float32 elements are not rounded to float16 first,
+as DLight's schedule of the same function does. The scale of an int8 row is part of the epilogue.
 """
 
 from __future__ import annotations
@@ -27,8 +31,8 @@ from tvm.s_tir.dlight.base import get_bytes
 from tvm.s_tir.dlight.gpu.base import GPUScheduleRule
 from tvm.target import Target
 
-from gpt2_tvm.schedules.gemv_config import GemvConfig, largest_factor, stock_config
-from gpt2_tvm.schedules.gemv_match import GemvMatch, match_gemv
+from gpt2_tvm.schedules.gemv_config import GemvConfig, largest_factor, quantised_config, stock_config
+from gpt2_tvm.schedules.gemv_match import GemvMatch, match_gemv, without_rounding
 
 COMBINE_THREADS = 128  # of a block of the second kernel of split_k
 
@@ -52,6 +56,13 @@ def stock(shape: GemvShape, target: Target) -> GemvConfig | None:
     return stock_config(target, shape.outputs, shape.reduced, shape.grouped)
 
 
+def quantised(shape: GemvShape, target: Target) -> GemvConfig | None:
+    """Our own point for quantised weights; float ones are left to the next rule."""
+    if shape.dtype not in ("int8", "int4"):
+        return None
+    return quantised_config(target, shape.outputs, shape.reduced, 4 if shape.dtype == "int8" else 8)
+
+
 class TunableGemv(GPUScheduleRule):
     """A product of one to eight rows with a weight [N, K], scheduled at a point of choice.
 
@@ -68,7 +79,7 @@ class TunableGemv(GPUScheduleRule):
         if not isinstance(func, tirx.PrimFunc) or not self.is_target_available(target):
             return None
         # Step 1. Recognise the product and bring its loops into order
-        sch = s_tir.Schedule(func)
+        sch = s_tir.Schedule(without_rounding(func))
         match = match_gemv(sch)
         if match is None:
             return None

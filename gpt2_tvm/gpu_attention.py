@@ -37,6 +37,7 @@ class GpuKernels:
     def __init__(self, limits: GpuLimits, fused_append: bool = False) -> None:
         self.limits = limits
         self.fused_append = fused_append
+        self.samples = limits.kind == "cuda"
 
     @classmethod
     def for_target(cls, target: DeviceTarget, fused_append: bool = False) -> GpuKernels:
@@ -99,6 +100,20 @@ class GpuKernels:
             "greedy_advance",
             [logits, token, positions, history],
             [1, 2, 3],
+            [token, positions, history],
+        )
+
+    def sample_advance(
+        self, logits: Tensor, settings: Tensor, choice: Tensor, token: Tensor, positions: Tensor, history: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from gpt2_tvm.kernels.gpu_sample import sample_advance
+
+        sizes = (int(logits.shape[0]), int(logits.shape[1]), int(history.shape[1]))
+        return op.tensor_ir_inplace_op(
+            sample_advance(*sizes, self.limits),
+            "sample_advance",
+            [logits, settings, choice, token, positions, history],
+            [3, 4, 5],
             [token, positions, history],
         )
 

@@ -16,11 +16,17 @@ names that stand in the inputs' shapes. REF is ``["input", i]``, ``["input", i, 
 ``["param", i]`` (the manifest's "params" names them) or ``["tensor", k]``. Buffers stand in binding order; one
 uniform block follows them, the scalars and then ``packGridDimX`` (`runners.wgpu_device`). A reshape is no launch:
 two tensors of one storage. In-place arguments appear as the input that they are.
+
+Beside "functions" stands ``"variants": [{"requires": [NAME, ...], "file": a WGSL file, "kernels": [entry points]}]``:
+other versions of some kernels for adapters that are what `requires` says (`schedules.webgpu_variants`); the last that
+fits wins. In place of a REF a launch may have ``["window", REF, offset, bytes]``: that part of the tensor's buffer, for
+tensors larger than the target binds (`schedules.webgpu_windows`).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +35,15 @@ from tvm import relax, tirx
 from tvm.ir import GlobalVar
 
 from gpt2_tvm.expressions import Text, combine, to_text
-from gpt2_tvm.host_code import HostLaunch, host_launches
+from gpt2_tvm.host_code import Extent, HostLaunch, split_launches
+from gpt2_tvm.schedules.webgpu_variants import VARIANTS, variant_functions
+from gpt2_tvm.schedules.webgpu_windows import Window, windows_of, with_windows
 from gpt2_tvm.toolchains.webgpu import KERNELS
 
 if TYPE_CHECKING:
     from gpt2_tvm.build import Plan
     from gpt2_tvm.pipeline import Lowered
+    from gpt2_tvm.runners.wgpu_device import Shader
 
 FORMAT = 1
 KERNEL_LIST = "kernels.json"
@@ -51,21 +60,115 @@ def write_kernel_list(work: Path, lowered: Lowered, plan: Plan, executable: Any)
     from gpt2_tvm.runners.wgpu_device import parse_wgsl
 
     functions = {v: f for v, f in lowered.final.functions_items() if isinstance(f, tirx.PrimFunc)}
-    launches = host_launches(functions, plan.target.tvm_target())
+    target, most = plan.target.tvm_target(), plan.target.limits.storage_binding_bytes
+    launches, kernels = split_launches(functions, target)
+    shaders = parse_wgsl((work / KERNELS).read_text(encoding="utf-8"))
+    windows = _windows(functions, launches, shaders, most)
     listed = {
-        var.name_hint: _Program(var.name_hint, func, launches).to_json()
+        var.name_hint: _Program(var.name_hint, func, launches, windows).to_json()
         for var, func in lowered.lowered.functions_items()
         if isinstance(func, relax.Function)
     }
-    shaders = parse_wgsl((work / KERNELS).read_text(encoding="utf-8"))
+    if windows:
+        _replace_kernels(work / KERNELS, _wgsl(kernels, windows, only=set(windows)))
+        shaders = parse_wgsl((work / KERNELS).read_text(encoding="utf-8"))
     for name, program in listed.items():
         for launch in program["launches"]:
             shader = shaders.get(launch["kernel"])
             asked = (len(launch["buffers"]), len(launch["scalars"]))
             if shader is None or asked != (len(shader.bindings), len(shader.scalars)):
                 raise RuntimeError(f"{name} launches {launch['kernel']}{asked}, which {KERNELS} does not have")
-    text = json.dumps({"format": FORMAT, "functions": listed}, separators=(",", ":"))
+    variants = _write_variants(work, lowered, plan, launches, windows)
+    text = json.dumps({"format": FORMAT, "functions": listed, "variants": variants}, separators=(",", ":"))
     (work / KERNEL_LIST).write_text(text + "\n", encoding="utf-8")
+
+
+Windows = dict[str, dict[int, list[Window]]]  # kernel -> its buffers by number -> their windows
+
+
+def _windows(
+    functions: dict[Any, Any], launches: dict[str, list[HostLaunch]], shaders: dict[str, Shader], most: int | None
+) -> Windows:
+    """Buffers of static size that have more than `most` bytes and that a kernel only reads."""
+    found: Windows = {}
+    for var, func in functions.items():
+        for launch in launches[var.name_hint]:
+            for number, argument in enumerate(launch.buffers):
+                nbytes = _static_bytes(func.params[argument]) if isinstance(argument, int) else None
+                writable = launch.kernel not in shaders or shaders[launch.kernel].bindings[number][1]
+                if most is not None and nbytes is not None and nbytes > most and not writable:
+                    found.setdefault(launch.kernel, {})[number] = windows_of(nbytes, most)
+    return found
+
+
+def _static_bytes(buffer: Any) -> int | None:
+    total = tvm.DataType(buffer.dtype).itemsize
+    for extent in buffer.shape:
+        if not isinstance(extent, tirx.IntImm):
+            return None
+        total *= int(extent)
+    return total
+
+
+def _wgsl(kernels: dict[Any, tvm.IRModule], windows: Windows, only: set[str]) -> dict[str, str]:
+    """The source of each of `only` these kernels."""
+    build = tvm.get_global_func("target.build.webgpu")
+    sources: dict[str, str] = {}
+    for target, module in kernels.items():
+        made = {
+            var: with_windows(func, windows.get(var.name_hint, {}))
+            for var, func in module.functions_items()
+            if var.name_hint in only
+        }
+        if made:
+            sources |= _by_name(build(tvm.IRModule(made, attrs=module.attrs), target).inspect_source())
+    return sources
+
+
+def _by_name(text: str) -> dict[str, str]:
+    """The parts of a WGSL file by the kernel that they hold."""
+    parts: dict[str, str] = {}
+    for part in re.split(r"(?m)^(?=// Function: )", text):
+        name = re.match(r"// Function: (\w+)", part)
+        if name is not None:
+            parts[name.group(1)] = parts.get(name.group(1), "") + part
+    return parts
+
+
+def _replace_kernels(file: Path, sources: dict[str, str]) -> None:
+    file.write_text("".join((_by_name(file.read_text(encoding="utf-8")) | sources).values()), encoding="utf-8")
+
+
+def _write_variants(
+    work: Path, lowered: Lowered, plan: Plan, launches: dict[str, list[HostLaunch]], windows: Windows
+) -> list[dict[str, Any]]:
+    """The files of all variants, and what kernels.json says of them."""
+    target = plan.target.tvm_target()
+    unscheduled = {var.name_hint: func for var, func in lowered.fused.functions_items()}
+    listed = []
+    for variant in VARIANTS:
+        functions = variant_functions(variant, unscheduled, lowered.hits, target)
+        if not functions:
+            continue
+        others, kernels = split_launches({GlobalVar(name): func for name, func in functions.items()}, target)
+        same = [name for name in functions if _told(others[name]) == _told(launches[name])]
+        names = {launch.kernel for name in same for launch in others[name]}
+        sources = _wgsl(kernels, windows, names)
+        file = f"kernels.{variant.name}.wgsl"
+        (work / file).write_text("".join(sources.values()), encoding="utf-8")
+        listed.append({"requires": list(variant.requires), "file": file, "kernels": sorted(sources)})
+    return listed
+
+
+def _told(launches: list[HostLaunch]) -> list[Any]:
+    """What a caller must know of launches, to compare."""
+
+    def text(of: Any) -> Text:
+        return of(lambda extent: f"x{extent.argument}_{extent.axis}" if isinstance(extent, Extent) else str(extent))
+
+    return [
+        (one.kernel, one.buffers, [text(s) for s in one.scalars], [text(axis) for axis in one.grid]) for one in launches
+    ]
 
 
 def _size(expr: Any) -> Text:
@@ -80,8 +183,10 @@ def _shape(of: Any) -> list[Text]:
 class _Program:
     """One lowered Relax function (`Lowered.lowered`), read binding by binding."""
 
-    def __init__(self, name: str, func: relax.Function, launches: dict[str, list[HostLaunch]]) -> None:
-        self.name, self.host = name, launches
+    def __init__(
+        self, name: str, func: relax.Function, launches: dict[str, list[HostLaunch]], windows: Windows
+    ) -> None:
+        self.name, self.host, self.windows = name, launches, windows
         self.refs: dict[Any, Any] = {}  # variable -> REF, or a list of REFs for a tuple, or a storage's index
         self.shapes: dict[Any, list[Text]] = {}
         self.storages: list[Text] = []
@@ -199,10 +304,15 @@ class _Program:
                     self.tensors.append({"shape": shape, "dtype": buffer.dtype, "storage": storage})
                     scratch[buffer.index] = ["tensor", len(self.tensors) - 1]
                 buffers.append(scratch[buffer.index])
+            parts = self.windows.get(launch.kernel, {})
+            bound: list[Ref] = []
+            for number, ref in enumerate(buffers):
+                of = parts.get(number)
+                bound += [ref] if of is None else [["window", ref, w.offset, w.size] for w in of]
             self.launches.append(
                 {
                     "kernel": launch.kernel,
-                    "buffers": buffers,
+                    "buffers": bound,
                     "scalars": [scalar(extent) for scalar in launch.scalars],
                     "grid": [axis(extent) for axis in launch.grid],
                 }

@@ -17,7 +17,7 @@ from gpt2_tvm.errors import UserError
 from gpt2_tvm.kernels.gpu_decode_attention import choose_splits, decode_attention
 from gpt2_tvm.kernels.gpu_keep import keep_branch
 from gpt2_tvm.kernels.gpu_kv_append import kv_append
-from gpt2_tvm.kernels.gpu_prefill_attention import TILES, choose_tile, prefill_attention
+from gpt2_tvm.kernels.gpu_prefill_attention import WEBGPU_TILES, choose_tile, prefill_attention
 from gpt2_tvm.kernels.gpu_sampling import argmax, greedy_advance, log_prob
 from gpt2_tvm.kernels.spec import AttentionSpec, GpuLimits
 
@@ -161,7 +161,7 @@ def test_prefill_tiles_fit_the_device(limits: GpuLimits, dtype: str) -> None:
         tile = choose_tile(make_spec(head_dim, dtype=dtype), limits)
         assert tile.threads <= limits.threads_per_block
         assert tile.shared_bytes(head_dim, dtype) <= limits.shared_memory_bytes
-    assert choose_tile(make_spec(64), WEBGPU) == TILES[0]
+    assert choose_tile(make_spec(64), WEBGPU) == WEBGPU_TILES[0]
 
 
 # -- decode and verify --------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from tvm.tirx.build import split_host_device_mods
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.host_code import host_launches
 from gpt2_tvm.runners.wgpu_device import Device, Shader, parse_wgsl
+from gpt2_tvm.schedules.webgpu_pipeline import tir_pipeline
 
 WEBGPU = "webgpu"
 
@@ -52,7 +53,7 @@ def lower(func: tirx.PrimFunc, target: tvm.target.Target) -> tuple[tvm.IRModule,
     module = tvm.IRModule({name: func.with_attr("global_symbol", name)})
     module = tirx.transform.BindTarget(target)(module)
     with target:
-        pipeline, _, finish_device = tirx.get_default_tir_pipeline(target)
+        pipeline, _, finish_device = tir_pipeline(target)
         host, devices = split_host_device_mods(pipeline(module))
         assert len(devices) == 1, "one kernel, one target"
         device_target, kernels = next(iter(devices.items()))
@@ -145,9 +146,17 @@ def run(func: tirx.PrimFunc, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         for extent, size in zip(parameter.shape, array.shape, strict=True):
             wanted = sizes.setdefault(extent.name, size) if isinstance(extent, tirx.Var) else int(extent)
             assert wanted == size, f"{parameter.name} has shape {array.shape}"
-    if any(isinstance(e, tirx.Var) for p in func.params for e in p.shape) or _one_kernel(func):
+    symbolic = any(isinstance(e, tirx.Var) for p in func.params for e in p.shape)
+    if (symbolic and _tells_all(func, sizes)) or (not symbolic and _one_kernel(func)):
         return _run_one(func, names, arrays, sizes)
     return _run_several(func, names, arrays)
+
+
+def _tells_all(func: tirx.PrimFunc, sizes: dict[str, int]) -> bool:
+    """Whether the launch is in terms of the shapes' variables alone, and not of others that host code binds."""
+    lowered = lower_to_wgsl(func)
+    asked = [*lowered.scalars, *lowered.grid.values()]
+    return all(str(node.name) in sizes for expr in asked for node in _walk(expr) if isinstance(node, tirx.Var))
 
 
 def _one_kernel(func: tirx.PrimFunc) -> bool:
@@ -156,7 +165,7 @@ def _one_kernel(func: tirx.PrimFunc) -> bool:
 
 
 def _run_several(func: tirx.PrimFunc, names: list[str], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """As `run`, for several kernels with buffers of their own between them, which start as NaN; static shapes."""
+    """As `run`, for several kernels with buffers of their own between them, which start as NaN."""
     target = tvm.target.Target("webgpu", host="llvm")
     _, kernels, device_target = lower(func, target)
     shaders = parse_wgsl(tvm.get_global_func("target.build.webgpu")(kernels, device_target).inspect_source())

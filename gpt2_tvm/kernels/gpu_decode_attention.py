@@ -26,6 +26,7 @@ import math
 from functools import cache
 from typing import Any, NamedTuple
 
+from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -131,10 +132,14 @@ def decode_attention(
     @T.inline
     def put(stage, at, raw, wide):
         """Conversions one by one between load and store: Metal has no cast of half4 to float4 as TVM writes it."""
-        for lane in T.unroll(lanes):
-            wide[lane] = T.Cast("float32", raw[lane])
-        for lane in T.vectorized(lanes):
-            stage[at + lane] = wide[lane]
+        if dtype == "float32":
+            for lane in T.vectorized(lanes):
+                stage[at + lane] = raw[lane]
+        else:
+            for lane in T.unroll(lanes):
+                wide[lane] = T.Cast("float32", raw[lane])
+            for lane in T.vectorized(lanes):
+                stage[at + lane] = wide[lane]
 
     @T.inline
     def bring_new_rows(qkv, cache, stage, values, raw, wide, seq, head, row0, run, group, slot0, first, end, tid):
@@ -177,13 +182,15 @@ def decode_attention(
         raw = T.sblock_alloc_buffer((lanes,), dtype, scope="local")
         wide = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
         k = T.sblock_alloc_buffer((4,), "float32", scope="local")
+        q = T.sblock_alloc_buffer((4,), "float32", scope="local")
         score = T.sblock_alloc_buffer((per_line,), "float32", scope="local")
         p = T.sblock_alloc_buffer((SLOTS,), "float32", scope="local")
         acc = T.sblock_alloc_buffer((height, 4), "float32", scope="local")
         top = T.sblock_alloc_buffer((height,), "float32", scope="local")
         rise = T.sblock_alloc_buffer((1,), "float32", scope="local")
         total = T.sblock_alloc_buffer((height,), "float32", scope="local")
-        merged = T.sblock_alloc_buffer((3,), "float32", scope="local")  # maximum, sum, weighted sum
+        merged = T.sblock_alloc_buffer((2,), "float32", scope="local")  # maximum, sum
+        sums = T.sblock_alloc_buffer((lanes,), "float32", scope="local")  # weighted
 
         for bx in T.thread_binding(batch * chunks * count, thread="blockIdx.x"):
             for head in T.thread_binding(n_head, thread="blockIdx.y"):
@@ -200,14 +207,21 @@ def decode_attention(
                     share: T.let[T.int32] = tiles_a_split(end)
                     last: T.let[T.int32] = T.max(first - 1, 0) if append else end - 1  # slot to read in the cache
 
-                    for i in T.serial(steps(height * runs * 4, threads)):
+                    for i in T.serial(steps(height * runs * pieces, threads)):
                         e: T.let[T.int32] = i * threads + tid
-                        if e < height * runs * 4:
-                            q_tile[e] = T.if_then_else(
-                                e % (runs * 4) < head_dim and row0 + e // (runs * 4) < rows,
-                                T.Cast("float32", qkv[seq, row0 + e // (runs * 4), head * head_dim + e % (runs * 4)]),
-                                T.float32(0),
-                            )
+                        row: T.let[T.int32] = row0 + e // (runs * pieces)
+                        col: T.let[T.int32] = e % (runs * pieces) * lanes
+                        if e < height * runs * pieces:
+                            for lane in T.vectorized(lanes):
+                                raw[lane] = T.if_then_else(
+                                    col < head_dim and row < rows,
+                                    qkv[
+                                        seq, T.min(row, rows - 1),
+                                        head * head_dim + T.min(col, head_dim - lanes) + lane,
+                                    ],
+                                    T.Cast(dtype, 0),
+                                )
+                            put(q_tile, e * lanes, raw, wide)
                     for r in T.unroll(height):
                         top[r] = T.float32(MASKED)
                         total[r] = T.float32(0)
@@ -251,10 +265,12 @@ def decode_attention(
                                 for lane in T.vectorized(4):
                                     k[lane] = stage[key * stride + part * 4 + lane]
                                 for r in T.unroll(per_line):
-                                    for lane in T.unroll(4):
-                                        score[r] = score[r] + k[lane] * q_tile[
+                                    for lane in T.vectorized(4):
+                                        q[lane] = q_tile[
                                             T.min(r * lines + line, height - 1) * (runs * 4) + part * 4 + lane
                                         ]
+                                    for lane in T.unroll(4):
+                                        score[r] = score[r] + k[lane] * q[lane]
                             for r in T.unroll(per_line):
                                 row: T.let[T.int32] = r * lines + line
                                 if row < height:
@@ -287,8 +303,8 @@ def decode_attention(
                     if group < groups:
                         for r in T.unroll(height):
                             for piece in T.unroll(pieces):
-                                for lane in T.unroll(lanes):
-                                    if column(run, piece) < head_dim:
+                                if column(run, piece) < head_dim:
+                                    for lane in T.vectorized(lanes):
                                         stage[(group * height + r) * head_dim + column(run, piece) + lane] = acc[
                                             r, piece * lanes + lane
                                         ]
@@ -296,31 +312,37 @@ def decode_attention(
                                 meet[group, r, 0] = top[r]
                                 meet[group, r, 1] = total[r]
                     T.tvm_storage_sync("shared")
-                    for i in T.serial(steps(height * head_dim, threads)):
+                    for i in T.serial(steps(height * head_dim // lanes, threads)):
                         e: T.let[T.int32] = i * threads + tid
-                        r: T.let[T.int32] = e // head_dim
-                        d: T.let[T.int32] = e % head_dim
-                        if e < height * head_dim and row0 + r < rows:
+                        r: T.let[T.int32] = e // (head_dim // lanes)
+                        d: T.let[T.int32] = e % (head_dim // lanes) * lanes
+                        if e < height * head_dim // lanes and row0 + r < rows:
                             merged[0] = T.float32(MASKED)
                             merged[1] = T.float32(0)
-                            merged[2] = T.float32(0)
+                            for lane in T.vectorized(lanes):
+                                sums[lane] = T.float32(0)
                             for g in T.unroll(groups):
                                 merged[0] = T.max(merged[0], meet[g, r, 0])
                             for g in T.unroll(groups):
                                 weight: T.let[T.float32] = T.exp2(meet[g, r, 0] - merged[0])
                                 merged[1] = merged[1] + weight * meet[g, r, 1]
-                                merged[2] = merged[2] + weight * stage[(g * height + r) * head_dim + d]
+                                for lane in T.vectorized(lanes):
+                                    sums[lane] = sums[lane] + weight * stage[(g * height + r) * head_dim + d + lane]
                             if count == 1:
-                                out[seq, row0 + r, head * head_dim + d] = T.Cast(
-                                    dtype,
-                                    T.if_then_else(
-                                        row0 + r < lengths[seq] and merged[1] > T.float32(0),
-                                        merged[2] / merged[1],
-                                        T.float32(0),
-                                    ),
-                                )
+                                for lane in T.unroll(lanes):
+                                    raw[lane] = T.Cast(
+                                        dtype,
+                                        T.if_then_else(
+                                            row0 + r < lengths[seq] and merged[1] > T.float32(0),
+                                            sums[lane] / merged[1],
+                                            T.float32(0),
+                                        ),
+                                    )
+                                for lane in T.vectorized(lanes):
+                                    out[seq, row0 + r, head * head_dim + d + lane] = raw[lane]
                             else:
-                                out[seq, row0 + r, head, split, d] = merged[2]
+                                for lane in T.vectorized(lanes):
+                                    out[seq, row0 + r, head, split, d + lane] = sums[lane]
                                 if d == 0:
                                     out[seq, row0 + r, head, split, head_dim] = merged[0]
                                     out[seq, row0 + r, head, split, head_dim + 1] = merged[1]
@@ -353,7 +375,7 @@ def decode_attention(
             body(qkv, positions, lengths, positions, cache, out)
 
     if count == 1:
-        return DecodeKernels(partial, None, None)
+        return DecodeKernels(_named(partial, spec, splits), None, None)
     blocks = steps(width, threads)
 
     @T.prim_func(private=True, s_tir=True)
@@ -392,7 +414,26 @@ def decode_attention(
                             ),
                         )
     # fmt: on
-    return DecodeKernels(partial, combine, workspace)
+    return DecodeKernels(_named(partial, spec, splits), combine, workspace)
+
+
+def _named(partial: PrimFunc, spec: AttentionSpec, splits: int | None) -> PrimFunc:
+    """With what its arguments do not say, for `appending`."""
+    named = partial.with_attr("attention_scale", tirx.FloatImm("float64", spec.scale))
+    return named if splits is None else named.with_attr("attention_splits", splits)
+
+
+def appending(partial: PrimFunc, limits: GpuLimits) -> PrimFunc | None:
+    """The kernel that also writes the new keys and values (``append``) for a `partial` that does not; None for any
+    other function."""
+    if "attention_scale" not in partial.attrs:
+        return None
+    qkv, _, _, cache = partial.params[:4]
+    batch, rows, _ = (int(extent) for extent in qkv.shape)
+    _, _, n_head, capacity, head_dim = (int(extent) for extent in cache.shape)
+    spec = AttentionSpec(n_head, head_dim, capacity, str(cache.dtype), float(partial.attrs["attention_scale"].value))
+    splits = int(partial.attrs["attention_splits"]) if "attention_splits" in partial.attrs else None
+    return decode_attention(spec, limits, batch, rows, len(partial.params) == 6, True, splits).partial
 
 
 def steps_of(elements: Any, by: Any) -> Any:

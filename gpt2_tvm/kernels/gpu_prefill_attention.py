@@ -2,17 +2,17 @@
 
 A block takes 32 query rows (fewer for wide heads) of one head and walks over the keys in tiles:
 
-1. the key tile goes to shared memory; each thread multiplies 2 rows by every eighth key, four elements of the
-   head at a time, in registers
+1. the key tile goes to shared memory; each thread multiplies 2 rows (on WebGPU 4) by every eighth key, four elements of
+   the head at a time, in registers
 2. the row maxima meet in shared memory, and the value tile takes the keys' place
 3. ``p = 2**(score - maximum)`` goes to shared memory; what was summed under the old maximum is scaled down
-4. each thread adds ``p . V`` for its 2 rows and its runs of four columns, in registers
+4. each thread adds ``p . V`` for its rows and its runs of four columns, in registers
 
 The sums of p stay apart in each thread until the end: they only need the same maximum, not each other. Tiles
 above the diagonal and past the longest row of the block are never touched. Long blocks start first.
 
-Everything below step 1 works on registers: with heads of 64 a thread does 32 multiply-adds for 6 loads of four elements
-from shared memory in ``q . k``, 64 for 10 in ``p . V``.
+Everything below step 1 works on registers: with heads of 64 and 2 rows a thread does 32 multiply-adds for 6 loads of
+four elements from shared memory in ``q . k``, 64 for 10 in ``p . V``.
 
 After Dao et al. 2022, "FlashAttention", algorithm 1, and Milakov and Gimelshein 2018, "Online normalizer calculation
 for softmax", section 3.
@@ -22,7 +22,7 @@ for softmax", section 3.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -33,7 +33,6 @@ from gpt2_tvm.errors import UserError
 from gpt2_tvm.kernels.spec import AttentionSpec, GpuLimits
 
 ACROSS = 8  # threads side by side: keys in q . k, columns in p . V
-ROWS = 2  # query rows a thread
 MASKED = -1e30  # a score that is left out: finite, for WGSL may assume there is no infinity
 
 
@@ -47,14 +46,16 @@ def padded(elements: int) -> int:
 
 @dataclass(frozen=True)
 class PrefillTile:
-    """rows: query rows a block. keys: keys and values a step. Both multiples of `ROWS` and `ACROSS`."""
+    """rows: query rows a block, a multiple of height. keys: keys and values a step, a multiple of `ACROSS`. height:
+    query rows a thread."""
 
     rows: int
     keys: int
+    height: int = 2
 
     @property
     def threads(self) -> int:
-        return self.rows // ROWS * ACROSS
+        return self.rows // self.height * ACROSS
 
     def shared_bytes(self, head_dim: int, dtype: str) -> int:
         """Queries, one tile of keys or values, probabilities, and a number a thread and row for reductions."""
@@ -64,11 +65,14 @@ class PrefillTile:
 
 
 TILES = (PrefillTile(32, 32), PrefillTile(32, 16), PrefillTile(16, 16), PrefillTile(16, 8), PrefillTile(8, 8))
+# Behind WGSL a load from shared memory costs more beside a multiply-add (it is guarded, and on software devices done
+# lane by lane): twice the rows a thread halve the loads.
+WEBGPU_TILES = tuple(replace(tile, height=4) for tile in TILES)
 
 
 def choose_tile(spec: AttentionSpec, limits: GpuLimits) -> PrefillTile:
     """The largest tile that the device takes. Raises UserError where not even the smallest fits."""
-    for tile in TILES:
+    for tile in WEBGPU_TILES if limits.kind == "webgpu" else TILES:
         needed = tile.shared_bytes(spec.head_dim, spec.dtype)
         if tile.threads <= limits.threads_per_block and needed <= limits.shared_memory_bytes:
             return tile
@@ -87,7 +91,7 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
     """
     n_head, head_dim, capacity, dtype, width = spec.n_head, spec.head_dim, spec.capacity, spec.dtype, spec.width
     tile = choose_tile(spec, limits)
-    rows, keys, threads = tile.rows, tile.keys, tile.threads
+    rows, keys, threads, height = tile.rows, tile.keys, tile.threads, tile.height
     lanes = limits.lanes(head_dim)
     runs = -(-head_dim // 4)  # of four elements, in a row; the last one may be part zeros
     mine = -(-runs // ACROSS)  # of those, in one thread
@@ -138,15 +142,15 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
         p_tile = T.sblock_alloc_buffer((rows * p_stride,), "float32", scope="shared")
         meet = T.sblock_alloc_buffer((rows, ACROSS), "float32", scope="shared")
         raw = T.sblock_alloc_buffer((4,), dtype, scope="local")
-        q = T.sblock_alloc_buffer((ROWS, 4), "float32", scope="local")
+        q = T.sblock_alloc_buffer((height, 4), "float32", scope="local")
         k = T.sblock_alloc_buffer((cols, 4), "float32", scope="local")
-        p = T.sblock_alloc_buffer((ROWS, 4), "float32", scope="local")
+        p = T.sblock_alloc_buffer((height, 4), "float32", scope="local")
         v = T.sblock_alloc_buffer((1, 4), "float32", scope="local")
-        score = T.sblock_alloc_buffer((ROWS, cols), "float32", scope="local")
-        acc = T.sblock_alloc_buffer((ROWS, mine, 4), "float32", scope="local")
-        top = T.sblock_alloc_buffer((ROWS,), "float32", scope="local")
-        rise = T.sblock_alloc_buffer((ROWS,), "float32", scope="local")
-        total = T.sblock_alloc_buffer((ROWS,), "float32", scope="local")
+        score = T.sblock_alloc_buffer((height, cols), "float32", scope="local")
+        acc = T.sblock_alloc_buffer((height, mine, 4), "float32", scope="local")
+        top = T.sblock_alloc_buffer((height,), "float32", scope="local")
+        rise = T.sblock_alloc_buffer((height,), "float32", scope="local")
+        total = T.sblock_alloc_buffer((height,), "float32", scope="local")
 
         for bx in T.thread_binding(T.Cast("int32", T.ceildiv(n, rows)), thread="blockIdx.x"):
             for by in T.thread_binding(T.Cast("int32", b) * n_head, thread="blockIdx.y"):
@@ -154,7 +158,7 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
                     seq: T.let[T.int32] = by // n_head
                     head: T.let[T.int32] = by % n_head
                     tx: T.let[T.int32] = tid % ACROSS
-                    ty: T.let[T.int32] = tid // ACROSS * ROWS  # my first row in the tile
+                    ty: T.let[T.int32] = tid // ACROSS * height  # my first row in the tile
                     n_rows: T.let[T.int32] = T.Cast("int32", n)
                     row0: T.let[T.int32] = ((n_rows + rows - 1) // rows - 1 - bx) * rows
                     first: T.let[T.int32] = T.max(T.min(positions[seq], capacity), 0)
@@ -173,7 +177,7 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
                                         head * head_dim + e % loads * lanes + lane],
                                     T.Cast(dtype, 0),
                                 )
-                    for r in T.unroll(ROWS):
+                    for r in T.unroll(height):
                         top[r] = T.float32(MASKED)
                         total[r] = T.float32(0)
                         for j in T.unroll(mine):
@@ -184,19 +188,19 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
                         # 1. scores of my rows against my keys
                         load_cache(kv_tile, cache, 0, seq, head, step * keys, end, tid)
                         T.tvm_storage_sync("shared")
-                        for r in T.unroll(ROWS):
+                        for r in T.unroll(height):
                             for c in T.unroll(cols):
                                 score[r, c] = T.float32(0)
                         for run in T.serial(runs):
-                            for r in T.unroll(ROWS):
+                            for r in T.unroll(height):
                                 take_four(q, r, q_tile, (ty + r) * stride + run * 4, raw)
                             for c in T.unroll(cols):
                                 take_four(k, c, kv_tile, (c * ACROSS + tx) * stride + run * 4, raw)
-                            for r in T.unroll(ROWS):
+                            for r in T.unroll(height):
                                 for c in T.unroll(cols):
                                     for lane in T.unroll(4):
                                         score[r, c] = score[r, c] + q[r, lane] * k[c, lane]
-                        for r in T.unroll(ROWS):
+                        for r in T.unroll(height):
                             rise[r] = T.float32(MASKED)
                             for c in T.unroll(cols):
                                 score[r, c] = T.Select(
@@ -210,7 +214,7 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
 
                         # 2. and 3. Every row sees slot 0, so from the first tile on its maximum is a real score.
                         load_cache(kv_tile, cache, 1, seq, head, step * keys, end, tid)
-                        for r in T.unroll(ROWS):
+                        for r in T.unroll(height):
                             rise[r] = top[r]
                             for x in T.unroll(ACROSS):
                                 top[r] = T.max(top[r], meet[ty + r, x])
@@ -227,21 +231,21 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
 
                         # 4.
                         for run in T.serial(keys // 4):
-                            for r in T.unroll(ROWS):
+                            for r in T.unroll(height):
                                 for lane in T.vectorized(4):
                                     p[r, lane] = p_tile[(ty + r) * p_stride + run * 4 + lane]
                             for key in T.unroll(4):
                                 for j in T.unroll(mine):
                                     take_four(v, 0, kv_tile, (run * 4 + key) * stride + column(j * ACROSS + tx), raw)
-                                    for r in T.unroll(ROWS):
+                                    for r in T.unroll(height):
                                         for lane in T.unroll(4):
                                             acc[r, j, lane] = acc[r, j, lane] + p[r, key] * v[0, lane]
                         T.tvm_storage_sync("shared")
 
-                    for r in T.unroll(ROWS):
+                    for r in T.unroll(height):
                         meet[ty + r, tx] = total[r]
                     T.tvm_storage_sync("shared")
-                    for r in T.unroll(ROWS):
+                    for r in T.unroll(height):
                         total[r] = T.float32(0)
                         for x in T.unroll(ACROSS):
                             total[r] = total[r] + meet[ty + r, x]

@@ -60,17 +60,32 @@ class WgpuRunner:
     def __init__(self, artifact: Artifact, device: str | None = None) -> None:
         from gpt2_tvm.runners.wgpu_device import parse_wgsl
 
-        self._functions = _read_list(artifact.path / KERNEL_LIST)
+        listed = _read_list(artifact.path / KERNEL_LIST)
+        self._functions = listed["functions"]
+        self._windowed = _windowed(self._functions)
         source = artifact.path / KERNELS
         if not source.is_file():
             raise UserError(f"{artifact.path} has no {KERNELS}; compile it again with --target webgpu")
         self._shaders = parse_wgsl(source.read_text(encoding="utf-8"))
-        self._device = _open(device)
+        self._device = open_device(device)
         self.device_name = self._device.name
+        self._choose_variants(artifact.path, listed.get("variants", []))
         self.threads: int | None = None
         self._params = self._upload_params(artifact)
         self._bound: dict[str, tuple[Key, _Bound]] = {}
         self._scratch: list[Any] = []  # memory between kernels, shared by all functions: they run one after another
+
+    def _choose_variants(self, folder: Path, variants: Sequence[Mapping[str, Any]]) -> None:
+        """Take the versions of kernels that are for an adapter like this one."""
+        from gpt2_tvm.runners.wgpu_device import parse_wgsl
+
+        for variant in variants:
+            if not all(self._device.meets(name) for name in variant["requires"]):
+                continue
+            file = folder / str(variant["file"])
+            if not file.is_file():
+                raise UserError(f"{folder} lacks {file.name}, which its {KERNEL_LIST} names; compile it again")
+            self._shaders |= parse_wgsl(file.read_text(encoding="utf-8"))
 
     def _upload_params(self, artifact: Artifact) -> list[WgpuTensor]:
         from gpt2_tvm.tensor_cache import load_tensors
@@ -81,9 +96,10 @@ class WgpuRunner:
         if missing:
             raise UserError(f"{artifact.params} lacks parameter {missing[0]}; compile the artifact again")
         held = []
-        for name in names:
+        for index, name in enumerate(names):
             array = np.from_dlpack(tensors[name])
-            held.append(WgpuTensor(self._device.upload(array, name), array.shape, str(array.dtype)))
+            buffer = self._device.upload(array, name, whole=index not in self._windowed)
+            held.append(WgpuTensor(buffer, array.shape, str(array.dtype)))
         return held
 
     # runners.base.Runner ---------------------------------------------------------------------------------------------
@@ -142,6 +158,8 @@ class WgpuRunner:
     # Binding ---------------------------------------------------------------------------------------------------------
 
     def _bind(self, function: str, inputs: list[Any]) -> _Bound:
+        from gpt2_tvm.runners.wgpu_device import Part
+
         if function not in self._functions:
             raise UserError(f"the artifact has no function {function!r}; it has {', '.join(self._functions)}")
         program = self._functions[function]
@@ -159,6 +177,8 @@ class WgpuRunner:
         def find(ref: list[Any]) -> Any:
             if ref and isinstance(ref[0], list):
                 return [find(one) for one in ref]
+            if ref and ref[0] == "window":
+                return Part(find(ref[1]).buffer, int(ref[2]), int(ref[3]))
             kind, *path = ref
             found: Any = {"input": inputs, "param": self._params, "tensor": tensors}[kind]
             for index in path:
@@ -168,7 +188,8 @@ class WgpuRunner:
         launches = []
         for launch in program["launches"]:
             kernel = self._device.compile(self._shaders[launch["kernel"]])
-            buffers = [find(ref).buffer for ref in launch["buffers"]]
+            found = [find(ref) for ref in launch["buffers"]]
+            buffers = [one if isinstance(one, Part) else one.buffer for one in found]
             scalars = [evaluate(scalar, sizes) for scalar in launch["scalars"]]
             grid = [evaluate(extent, sizes) for extent in launch["grid"]]
             launches.append(self._device.launch(kernel, buffers, scalars, grid))
@@ -214,18 +235,25 @@ def _sizes(function: str, declared: list[Any], inputs: list[Any]) -> dict[str, i
     return sizes
 
 
+def _windowed(functions: Mapping[str, Any]) -> set[int]:
+    """Parameters, by number, that kernels are given in parts only: they may be larger than one binding."""
+    refs = [ref for program in functions.values() for launch in program["launches"] for ref in launch["buffers"]]
+    return {ref[1][1] for ref in refs if ref[0] == "window" and ref[1][0] == "param"}
+
+
 def _read_list(path: Path) -> Mapping[str, Any]:
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
-        if listed["format"] == FORMAT:
-            return dict(listed["functions"])
+        if listed["format"] == FORMAT and isinstance(listed["functions"], dict):
+            return dict(listed)
         reason = f"format {listed['format']}, not {FORMAT}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error) or type(error).__name__
     raise UserError(f"{path} cannot be used ({reason}); compile the artifact again with --target webgpu")
 
 
-def _open(device: str | None) -> Device:
+def open_device(device: str | None) -> Device:
+    """The device that "webgpu" (or None: the system's choice) or "webgpu:<number>" names; UserError for others."""
     from gpt2_tvm.runners.wgpu_device import Device
 
     kind, _, number = (device or "webgpu").partition(":")

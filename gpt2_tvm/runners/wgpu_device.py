@@ -111,6 +111,15 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Bytes [offset, offset + size) of a buffer, to be bound in place of all of it."""
+
+    buffer: Any
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Launch:
     """A kernel with its buffers, scalars and grid: record it in any number of submissions."""
 
@@ -165,6 +174,11 @@ class Device:
     def has_timestamps(self) -> bool:
         return "timestamp-query" in self.features
 
+    def meets(self, requirement: str) -> bool:
+        """Whether the adapter is what a variant of kernels requires (`schedules.webgpu_variants`): "software", or a
+        feature of WebGPU that this device was opened with."""
+        return self.is_software if requirement == "software" else requirement in self.features
+
     @property
     def max_binding_bytes(self) -> int:
         """The largest buffer that a kernel can be given."""
@@ -173,13 +187,17 @@ class Device:
 
     # -- buffers -----------------------------------------------------------------------------------------------
 
-    def empty(self, nbytes: int, label: str = "") -> Any:
-        """A buffer of `nbytes` zero bytes (rounded up to 4). Raises UserError where the device cannot bind it."""
+    def empty(self, nbytes: int, label: str = "", whole: bool = True) -> Any:
+        """A buffer of `nbytes` zero bytes (rounded up to 4). whole: kernels are given all of it at once.
+
+        Raises UserError where the device cannot hold it, or cannot bind it.
+        """
         size = max(4, -(-nbytes // 4) * 4)
-        if size > self.max_binding_bytes:
+        most = self.max_binding_bytes if whole else int(self.device.limits["max-buffer-size"])
+        if size > most:
             raise UserError(
-                f"{label or 'a tensor'} has {size:,} bytes, and {self.name} binds at most {self.max_binding_bytes:,}; "
-                "compile in float16, with a smaller quantization, batch or context, or for another device"
+                f"{label or 'a tensor'} has {size:,} bytes, and {self.name} {'binds' if whole else 'holds'} at most "
+                f"{most:,}; compile in float16, with a smaller quantization, batch or context, or for another device"
             )
         usage = self._wgpu.BufferUsage
         try:
@@ -189,9 +207,9 @@ class Device:
         except self._wgpu.GPUOutOfMemoryError as error:
             raise UserError(f"{self.name} has no memory left for {size:,} bytes ({label or 'a tensor'})") from error
 
-    def upload(self, array: np.ndarray, label: str = "") -> Any:
-        """A new buffer that holds `array` (C order)."""
-        buffer = self.empty(array.nbytes, label)
+    def upload(self, array: np.ndarray, label: str = "", whole: bool = True) -> Any:
+        """A new buffer that holds `array` (C order); see `empty`."""
+        buffer = self.empty(array.nbytes, label, whole)
         self.write(buffer, array)
         return buffer
 
@@ -272,7 +290,8 @@ class Device:
     def launch(
         self, kernel: Kernel, buffers: Sequence[Any], scalars: Sequence[int | float], grid: Sequence[int]
     ) -> Launch:
-        """Bind `kernel` to buffers and scalars, both in the order of its `Shader`, over `grid` blocks."""
+        """Bind `kernel` to buffers (or a `Part` of one) and scalars, both in the order of its `Shader`, over `grid`
+        blocks."""
         shader = kernel.shader
         if len(buffers) != len(shader.bindings) or len(scalars) != len(shader.scalars):
             raise ValueError(
@@ -285,9 +304,10 @@ class Device:
         block += np.uint32(grid[0]).tobytes()
         block += b"\0" * (-len(block) % 16)
         uniform = self.device.create_buffer_with_data(data=block, usage=self._wgpu.BufferUsage.UNIFORM)
+        parts = [b if isinstance(b, Part) else Part(b, 0, b.size) for b in (*buffers, uniform)]
         entries = [
-            {"binding": index, "resource": {"buffer": buffer, "offset": 0, "size": buffer.size}}
-            for index, buffer in enumerate([*buffers, uniform])
+            {"binding": index, "resource": {"buffer": part.buffer, "offset": part.offset, "size": part.size}}
+            for index, part in enumerate(parts)
         ]
         bind_group = self.device.create_bind_group(layout=kernel.layout, entries=entries)
         return Launch(kernel, bind_group, fold_grid(grid))

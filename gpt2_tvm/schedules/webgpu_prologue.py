@@ -1,0 +1,233 @@
+"""A product's vector, computed by each block for itself in shared memory: LayerNorm, or the merge of split attention.
+
+The stages before the product, in order; all threads of the block share the work of each:
+
+- a reduction over much (a row's sum): some of the threads take a share each, the partial results meet in shared memory,
+  and every thread adds them up for itself: one barrier, and the result is in a register of all
+- a reduction over little (the splits of a head): one thread a place
+- elementwise, a few numbers (mean, 1/deviation): written out where they are read
+- elementwise, a whole vector: shared memory
+
+What one place of a later stage alone reads stays in a register of the thread that computes both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+from tvm import DataType, ir, tirx
+from tvm.script import tirx as T
+
+from gpt2_tvm.kernels.math import Expr, loads, rewrite, static
+from gpt2_tvm.schedules.stages import Buffer, Stage, bind
+from gpt2_tvm.schedules.webgpu_product import LANES, Product, along, buffer, loop, typed, vector, where
+
+FEW = 32  # a reduction over no more elements is one thread's
+MEETING = 32  # threads that share a large reduction: every thread of the block reads their results
+SCALARS = 8  # so many numbers are written out where they are read; the rows of a product at most
+
+At = Callable[[list[Expr]], Expr]  # indices of a stage's buffer -> its element
+
+
+@dataclass(frozen=True)
+class Prologue:
+    """Stages to compute before a product by `threads` threads."""
+
+    stages: tuple[Stage, ...]
+    threads: int
+    _made: dict[Buffer, At] = field(default_factory=dict, init=False)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block, at most."""
+        total = 0
+        for stage in self.stages:
+            size = DataType(stage.buffer.dtype).bits // 8
+            total += _places(stage) * size * (self.meeting if _meets(stage) else 1)
+        return total
+
+    @property
+    def meeting(self) -> int:
+        """Threads that share a large reduction."""
+        return min(MEETING, self.threads)
+
+    def emit(self, tid: Expr) -> Mapping[Buffer, At]:
+        """Write the stages; returns where each result is. Nothing may write shared memory of this prologue after."""
+        self._made.clear()
+        at = 0
+        while at < len(self.stages):
+            stage = self.stages[at]
+            after = self.stages[at + 1] if at + 1 < len(self.stages) else None
+            if _meets(stage):
+                self._meet(stage, tid)
+            elif not stage.reduced and _places(stage) <= SCALARS:
+                self._made[stage.buffer] = _written_out(stage, dict(self._made))
+            elif after is not None and stage.reduced and _reads_own_place(after, stage, self.stages[at + 2 :]):
+                self._fill(after, tid, stage)
+                at += 1
+            else:
+                self._fill(stage, tid)
+            at += 1
+        return dict(self._made)
+
+    def _meet(self, stage: Stage, tid: Expr) -> None:
+        """A result for each place (few), in a register of every thread."""
+        (k,) = stage.reduced
+        extent, count = static(k.extent) or 1, _places(stage)
+        lanes = next(n for n in (LANES, 2, 1) if extent % n == 0)
+        name, threads = stage.buffer.name, self.meeting
+        part = buffer(f"{name}_part", [lanes], stage.buffer.dtype)
+        parts = buffer(f"{name}_parts", [count * threads], stage.buffer.dtype, "shared")
+        result = buffer(f"{name}_all", [count], stage.buffer.dtype)
+        with where(tid < threads, threads < self.threads):
+            for place in range(count):
+                values = _indices(stage, tirx.const(place, "int32"))
+                vector(part, [], lanes, lambda lane: stage.init)
+                with loop("turn", -(-extent // (lanes * threads))) as turn:
+                    first = bind("first", (turn * threads + tid) * lanes)
+                    with where(first < extent, extent % (lanes * threads) != 0):
+                        self._accumulate(stage, part, lanes, {**values, k.var: typed(first, k.var)})
+                total = tirx.BufferLoad(part, [0])
+                for lane in range(1, lanes):
+                    total = _combined(stage, total, tirx.BufferLoad(part, [lane]))
+                T.buffer_store(parts, total, [place * threads + tid])
+        T.evaluate(T.tvm_storage_sync("shared"))
+        wide = next(n for n in (LANES, 2, 1) if threads % n == 0)
+        some = buffer(f"{name}_some", [wide], stage.buffer.dtype)
+        for place in range(count):
+            T.buffer_store(result, stage.init, [place])
+            with loop("i", threads // wide) as i:
+                at = place * threads + i * wide
+                vector(some, [], wide, along(parts, at))
+                for lane in range(wide):
+                    more = _combined(stage, tirx.BufferLoad(result, [place]), tirx.BufferLoad(some, [lane]))
+                    T.buffer_store(result, more, [place])
+        self._made[stage.buffer] = _flat(result, stage)
+
+    def _accumulate(self, stage: Stage, part: Buffer, lanes: int, values: Mapping[ir.Var, Expr]) -> None:
+        (k,) = stage.reduced
+
+        def more(lane: Expr) -> Expr:
+            own = {stage.buffer: lambda _: tirx.BufferLoad(part, [lane])}
+            return rewrite(stage.value, {**values, k.var: values[k.var] + lane}, {**self._made, **own})
+
+        vector(part, [], lanes, more)
+
+    def _fill(self, stage: Stage, tid: Expr, before: Stage | None = None) -> None:
+        """Every place of a stage into shared memory, a vector a thread and turn; `before` is computed at each."""
+        count = _places(stage)
+        reduces = stage.reduced or before is not None
+        last = static(stage.spatial[-1].extent) or 1
+        lanes = 1 if reduces else next(n for n in (LANES, 2, 1) if last % n == 0)
+        made = buffer(f"{stage.buffer.name}_shared", [count], stage.buffer.dtype, "shared")
+        known = dict(self._made)
+        with loop("turn", -(-count // (lanes * self.threads))) as turn:
+            place = bind("place", (turn * self.threads + tid) * lanes)
+            with where(place < count, count % (lanes * self.threads) != 0):
+                if before is not None:
+                    known[before.buffer] = _first(self._reduce(before, place))
+                if stage.reduced:
+                    T.buffer_store(made, tirx.BufferLoad(self._reduce(stage, place), [0]), [place])
+                else:
+                    values = _indices(stage, place)
+                    last_var = stage.spatial[-1].var
+
+                    def element(lane: Expr) -> Expr:
+                        at = values if lanes == 1 else {**values, last_var: values[last_var] + lane}
+                        return rewrite(stage.value, at, known)
+
+                    vector(made, [], lanes, element, offset=place)
+        T.evaluate(T.tvm_storage_sync("shared"))
+        self._made[stage.buffer] = _flat(made, stage)
+
+    def _reduce(self, stage: Stage, place: Expr) -> Buffer:
+        """One place of a reduction over little, by this thread."""
+        (k,) = stage.reduced
+        total = buffer(f"{stage.buffer.name}_total", [1], stage.buffer.dtype)
+        T.buffer_store(total, stage.init, [0])
+        with loop("i", static(k.extent) or 1) as of:
+            own = {stage.buffer: lambda _: tirx.BufferLoad(total, [0])}
+            values = {**_indices(stage, place), k.var: typed(of, k.var)}
+            T.buffer_store(total, rewrite(stage.value, values, {**self._made, **own}), [0])
+        return total
+
+
+def plan_prologue(m: Product, threads: int) -> Prologue | None:
+    """The prologue of a product; None for stages of another kind."""
+    for stage in m.prologue:
+        fixed = all(static(one.extent) is not None for one in stage.loops)
+        if not fixed or not stage.writes_its_loops() or len(stage.reduced) > 1:
+            return None
+        if stage.reduced and (stage.init is None or not _is_known(stage)):
+            return None
+    return Prologue(m.prologue, threads)
+
+
+def _is_known(stage: Stage) -> bool:
+    """Whether a reduction is `own + x` or `max(own, x)`."""
+    value = stage.value
+    own = getattr(value, "a", None)
+    return isinstance(value, tirx.Add | tirx.Max) and isinstance(own, ir.TensorLoad) and own.source == stage.buffer
+
+
+def _combined(stage: Stage, a: Expr, b: Expr) -> Expr:
+    return a + b if isinstance(stage.value, tirx.Add) else tirx.max(a, b)
+
+
+def _places(stage: Stage) -> int:
+    return prod(static(one.extent) or 1 for one in stage.spatial)
+
+
+def _meets(stage: Stage) -> bool:
+    """Whether the threads of a block share one reduction."""
+    return bool(stage.reduced) and (static(stage.reduced[0].extent) or 1) > FEW and _places(stage) <= SCALARS
+
+
+def _reads_own_place(reader: Stage, stage: Stage, others: tuple[Stage, ...]) -> bool:
+    """Whether `reader` alone reads `stage`, and only where it writes itself."""
+    own, of = reader.spatial, stage.spatial
+    if reader.reduced or [static(a.extent) for a in own] != [static(b.extent) for b in of]:
+        return False
+    if any(load.source == stage.buffer for other in others for load in loads(other.value)):
+        return False
+    found = [load for load in loads(reader.value) if load.source == stage.buffer]
+    return bool(found) and all(
+        all(i.same_as(one.var) or static(one.extent) == 1 for i, one in zip(load.indices, own, strict=True))
+        for load in found
+    )
+
+
+def _indices(stage: Stage, place: Expr) -> dict[ir.Var, Expr]:
+    """The spatial loop variables at a flat place."""
+    values: dict[ir.Var, Expr] = {}
+    for one in reversed(stage.spatial):
+        extent = static(one.extent) or 1
+        outermost = one is stage.spatial[0]
+        value = tirx.const(0, "int32") if extent == 1 else place if outermost else place % extent
+        values[one.var] = typed(value, one.var)
+        place = place if extent == 1 else place // extent
+    return values
+
+
+def _written_out(stage: Stage, made: Mapping[Buffer, At]) -> At:
+    variables = [one.var for one in stage.spatial]
+    return lambda indices: rewrite(stage.value, dict(zip(variables, indices, strict=True)), made)
+
+
+def _flat(held: Buffer, stage: Stage) -> At:
+    """Where `held` has all places of a stage, in order."""
+    extents = [static(one.extent) or 1 for one in stage.spatial]
+
+    def at(indices: list[Expr]) -> Expr:
+        place: Expr = tirx.const(0, "int32")
+        for index, extent in zip(indices, extents, strict=True):
+            place = place * extent + index if extent > 1 else place * extent
+        return tirx.BufferLoad(held, [place])
+
+    return at
+
+
+def _first(held: Buffer) -> At:
+    return lambda indices: tirx.BufferLoad(held, [0])

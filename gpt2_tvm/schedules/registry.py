@@ -54,6 +54,30 @@ def _gemv(target: DeviceTarget) -> Any:
     return _MendedGemv(_gpu("GEMV")(target))
 
 
+def _quantised_gemv(_: DeviceTarget) -> ScheduleRule:
+    from gpt2_tvm.schedules.tunable_gemv import TunableGemv, quantised
+
+    return TunableGemv(quantised)
+
+
+def _norm_gemv(_: DeviceTarget) -> ScheduleRule:
+    from gpt2_tvm.schedules.norm_gemv import NormGemv
+
+    return NormGemv()
+
+
+def _matmul(_: DeviceTarget) -> ScheduleRule:
+    from gpt2_tvm.schedules.cuda_matmul import MendedMatmul
+
+    return MendedMatmul()
+
+
+def _wide_gemv(_: DeviceTarget) -> ScheduleRule:
+    from gpt2_tvm.schedules.cuda_gemv import wide_gemv
+
+    return wide_gemv()
+
+
 def _dlight_cpu(name: str) -> Callable[[DeviceTarget], Any]:
     def make(_: DeviceTarget) -> ScheduleRule:
         from tvm.s_tir import dlight
@@ -81,12 +105,29 @@ def _cpu_reduction(target: DeviceTarget) -> ScheduleRule:
     return CpuReduction(target)
 
 
+def _webgpu_matmul(target: DeviceTarget) -> ScheduleRule:
+    from gpt2_tvm.schedules.webgpu_matmul import WebgpuMatmul
+
+    return WebgpuMatmul()
+
+
+def _webgpu_gemv(target: DeviceTarget) -> ScheduleRule:
+    from gpt2_tvm.schedules.webgpu_gemv import WebgpuGemv
+
+    return WebgpuGemv()
+
+
 RULES: dict[str, Callable[[DeviceTarget], Any]] = {
-    "matmul": _gpu("Matmul"),
+    "matmul": _matmul,
     "gemv": _gemv,
+    "quantised-gemv": _quantised_gemv,
+    "wide-gemv": _wide_gemv,
+    "norm-gemv": _norm_gemv,
     "reduction": _gpu("Reduction"),
     "general-reduction": _gpu("GeneralReduction"),
     "fallback": _gpu("Fallback"),
+    "webgpu-gemv": _webgpu_gemv,
+    "webgpu-matmul": _webgpu_matmul,
     "dlight-cpu-gemv": _dlight_cpu("GEMV"),
     "dlight-cpu-reduction": _dlight_cpu("Reduction"),
     "cpu-matmul": _cpu_matmul,

@@ -1,0 +1,197 @@
+"""Tables in Markdown and figures from what the parts wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gpt2_tvm.errors import UserError
+from gpt2_tvm.measure.tables import markdown_table, number, with_spread
+from gpu_bench.runs import read
+
+PARTS = ("ours", "peers", "sizes")
+TITLES = {"ours": "What each step brings", "peers": "Beside torch", "sizes": "Every size"}
+Row = dict[str, Any]
+
+
+def render(results: Path) -> str:
+    """All parts that `results` holds, as Markdown. UserError where it holds none."""
+    sections = []
+    if machine := read(results / "machine.json"):
+        sections.append(_machine(machine))
+    if correctness := read(results / "correctness.json"):
+        sections.append(_correctness(correctness["rows"]))
+    for part in PARTS:
+        if (found := gather(results, part)) and found["rows"]:
+            sections.append(f"#### {TITLES[part]}\n\n{table(found['rows'])}{_notes(found)}")
+    if not sections:
+        raise UserError(f"{results} holds no results; run a part first, such as python benchmarks/gpu.py machine")
+    return "\n\n".join(sections) + "\n"
+
+
+def gather(results: Path, part: str) -> dict[str, Any] | None:
+    """A part's result; of `sizes`, which writes a file for each model and precision, all of them together."""
+    found = [r for file in sorted(results.glob(f"{part}*.json")) if (r := read(file)) is not None]
+    if not found:
+        return None
+    return {
+        "rows": [row for r in found for row in r["rows"]],
+        "failures": [line for r in found for line in r["failures"]],
+        "complete": all(r["complete"] for r in found),
+        "date": max(r["date"] for r in found),
+    }
+
+
+def _machine(m: dict[str, Any]) -> str:
+    def value(key: str, unit: str) -> list[str]:
+        shown = "" if m.get(key) is None else f"{number(m[key])} ± {number(m[f'{key}_sd'])} {unit}"
+        return [key.rpartition("_")[0].replace("_", " "), shown]
+
+    units = {"copy_gb_s": "GB/s", "read_gb_s": "GB/s", "fp16_tflops": "TFLOP/s", "fp32_tflops": "TFLOP/s"}
+    rows = [value(key, unit) for key, unit in units.items()]
+    rows += [value("node_us", "us"), value("launch_us", "us")]
+    head = f"#### {m['device']}\n\ndriver {m['driver']}, torch {m['torch']}, {m['date']}\n\n"
+    return head + markdown_table(["measured", "median ± sd"], rows, left=1)
+
+
+def _correctness(rows: Sequence[Row]) -> str:
+    cells = [
+        [
+            row["artifact"],
+            f"{row['error']:.2e}",
+            number(row["largest"]),
+            f"{row['share']:.1e}",
+            f"{row['allowed']:.0e}",
+            {True: "yes", False: "NO", None: ""}[row["same_ids"]],
+            "ok" if row["ok"] else f"FAILED {row['refused']}".strip(),
+        ]
+        for row in rows
+    ]
+    headings = ["artifact", "largest error", "largest logit", "share", "allowed", "graph = plain", ""]
+    return "#### Logits beside torch's in float32\n\n" + markdown_table(headings, cells, left=1)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Engines by model and size, the fastest decode first."""
+    order = sorted(
+        rows,
+        key=lambda r: (r["model"], r["quantization"], r["batch"], r["generate_tokens"], -r["decode_tok_s"]),
+    )
+    cells = [
+        [
+            f"{row['model']} {row['quantization']}",
+            row["engine"],
+            f"{row['batch']} x {row['prompt_tokens']} + {row['generate_tokens']}",
+            with_spread(row, "prefill_tok_s"),
+            with_spread(row, "decode_tok_s"),
+            number(row["step_time_us"]),
+            "" if row["floor_share"] is None else f"{row['floor_share']:.0%}",
+            _count(row, "launches_a_token"),
+            _count(row, "kernels_a_token"),
+            "" if row["same_ids"] is None else f"{row['same_ids']} of {row['generate_tokens']}",
+        ]
+        for row in order
+    ]
+    headings = [
+        *("model", "engine", "size", "prefill tok/s", "decode tok/s", "us a step", "of floor", "launches", "kernels"),
+        "same ids",
+    ]
+    return markdown_table(headings, cells, left=3)
+
+
+def _count(row: Row, key: str) -> str:
+    return "" if row.get(key) is None else str(row[key])
+
+
+def _notes(found: dict[str, Any]) -> str:
+    rows = found["rows"]
+    sources = sorted({row["floor_from"] for row in rows if row["floor_from"]})
+    lines = [
+        f"Median ± standard deviation of {min(row['repeats'] for row in rows)} or more rounds in which the engines "
+        f"take turns, on {rows[0]['device']}, {found['date']}.",
+        "Floor: a step's weights and cache read once, at the bandwidth of: " + ", ".join(sources) + ".",
+        "Launches: by the host, a token; kernels: that the GPU runs for it.",
+        *(f"Failed: {line}" for line in found["failures"]),
+        *(() if found["complete"] else ("Not complete: the same command goes on.",)),
+    ]
+    return "\n\n" + "\n".join(lines)
+
+
+def draw(results: Path, folder: Path) -> list[Path]:
+    """Figures of the timed parts that `results` holds: a bar an engine with the floor as a line, and for `sizes` a line
+    a model over the batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    made = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        found = gather(results, part)
+        if found and found["rows"]:
+            path = folder / f"gpu-{part}.png"
+            (_sizes if part == "sizes" else _bars)(found["rows"], path, TITLES[part])
+            made.append(path)
+    return made
+
+
+def _bars(rows: Sequence[Row], path: Path, title: str) -> None:
+    import matplotlib.pyplot as plt
+
+    groups = sorted({(r["model"], r["quantization"], r["batch"], r["generate_tokens"]) for r in rows})
+    heights = [sum(_group(r) == g for r in rows) for g in groups]
+    figure, axes = plt.subplots(
+        len(groups), 1, figsize=(9, 1.2 * len(groups) + 0.38 * sum(heights)), squeeze=False, height_ratios=heights
+    )
+    for axis, group in zip(axes[:, 0], groups, strict=True):
+        mine = sorted((r for r in rows if _group(r) == group), key=lambda r: r["decode_tok_s"])
+        names = [r["engine"] for r in mine]
+        colours = ["#2a6f97" if r["kind"] == "ours" else "#b5838d" for r in mine]
+        axis.barh(names, [r["decode_tok_s"] for r in mine], xerr=[r["decode_tok_s_sd"] for r in mine], color=colours)
+        if floor := mine[0]["floor_tok_s"]:
+            axis.axvline(floor, color="#333333", linestyle="--", linewidth=1)
+        axis.set_title("{} {}, batch {}, {} tokens".format(*group), fontsize=9)
+        axis.tick_params(labelsize=8)
+    axes[-1, 0].set_xlabel("decoded tokens a second (dashed: every byte read once at the copy bandwidth)", fontsize=9)
+    figure.suptitle(f"{title}, {rows[0]['device']}", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def _sizes(rows: Sequence[Row], path: Path, title: str) -> None:
+    import matplotlib.pyplot as plt
+
+    generates = sorted({r["generate_tokens"] for r in rows})
+    figure, axes = plt.subplots(1, len(generates), figsize=(5.5 * len(generates), 4.6), squeeze=False, sharey=True)
+    for axis, generate in zip(axes[0], generates, strict=True):
+        kinds = sorted({(r["model"], r["quantization"], r["kind"]) for r in rows if r["generate_tokens"] == generate})
+        for model, quantization, kind in kinds:
+            mine = sorted(
+                (
+                    r
+                    for r in rows
+                    if (r["model"], r["quantization"], r["kind"], r["generate_tokens"])
+                    == (model, quantization, kind, generate)
+                ),
+                key=lambda r: r["batch"],
+            )
+            axis.errorbar(
+                [r["batch"] for r in mine],
+                [r["decode_tok_s"] for r in mine],
+                yerr=[r["decode_tok_s_sd"] for r in mine],
+                marker="o",
+                linestyle="-" if kind == "ours" else ":",
+                label=f"{model} {quantization} {kind}",
+            )
+        axis.set(xscale="log", yscale="log", xlabel="batch", title=f"{generate} tokens")
+        axis.legend(fontsize=7)
+    axes[0, 0].set_ylabel("decoded tokens a second, whole batch")
+    figure.suptitle(f"{title}, {rows[0]['device']}", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def _group(row: Row) -> tuple[Any, ...]:
+    return row["model"], row["quantization"], row["batch"], row["generate_tokens"]

@@ -1,0 +1,83 @@
+"""`wide-gemv`: where a product of one to eight rows stands on CUDA until it is tuned.
+
+DLight's point reads the weight four bytes a load, in blocks of 512 threads. A GEMV is bound by the bytes it has in
+flight, so here
+
+- one load is 16 bytes, the widest there is, and neighbouring threads read neighbouring 16 bytes of one row;
+- a warp (or what divides K) shares a row, several where K is long and rows are few: every thread then has a handful of
+  loads, all of them under way together;
+- blocks are small, so that 768 outputs still reach every multiprocessor;
+- x is read through the first-level cache, 16 bytes a load: no barrier before the first weight arrives.
+
+What follows the product (bias, GELU, residual) is in the same kernel. No split-K: a second launch costs more than the
+smallest of these products.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tvm.s_tir.dlight.base import get_bytes
+
+from gpt2_tvm.schedules.gemv_config import GemvConfig
+from gpt2_tvm.schedules.tunable_gemv import GemvShape, TunableGemv
+
+if TYPE_CHECKING:
+    from tvm.target import Target
+
+RULE = "wide-gemv"
+LOAD_BYTES = 16
+WARP = 32
+THREADS = 128  # of a block
+BLOCKS = 256  # wanted at least: about two on each multiprocessor of a large GPU
+LOADS = 4  # of weights a thread and row: enough to hide the latency, few enough to stay in registers
+FLIGHT = 65536  # threads that fill a large GPU: from there on a row needs no second warp
+MOST_ALONG_R = 128
+VECTOR = 4  # multiply-adds as one vector: TVM writes no valid CUDA for eight float32 from scattered places
+LEAST_ALONG_R = 4  # fewer threads a row, and a warp's loads are scattered: left to the next rule
+FLOATS = ("float32", "float16", "bfloat16")
+
+
+def wide_config(shape: GemvShape, target: Target) -> GemvConfig | None:
+    """The point for a shape; None where 16-byte loads do not fit it (K, weights in groups, a size that is not known).
+
+    A chooser for `TunableGemv` and `NormGemv`.
+    """
+    if shape.outputs is None or shape.reduced is None or shape.grouped != 1 or shape.dtype not in FLOATS:
+        return None
+    lanes = LOAD_BYTES // get_bytes(shape.dtype)
+    if shape.reduced % lanes:
+        return None
+    loads = shape.reduced // lanes  # of one row
+    tr = 1
+    while tr < WARP and loads % (2 * tr) == 0:
+        tr *= 2
+    if tr < LEAST_ALONG_R:
+        return None
+    while (
+        tr < MOST_ALONG_R
+        and tr % WARP == 0
+        and loads % (2 * tr) == 0
+        and loads // tr > LOADS
+        and shape.outputs * tr < FLIGHT
+    ):
+        tr *= 2
+    ts = max(1, min(THREADS, int(target.attrs["max_num_threads"])) // tr)
+    while ts > 1 and ts * tr > WARP and -(-shape.outputs // ts) < BLOCKS:
+        ts //= 2
+    return GemvConfig(
+        ts=ts,
+        tr=tr,
+        tile_s=1,
+        tile_r=lanes,
+        vec_load=LOAD_BYTES,
+        vec_c=VECTOR,
+        s_axis="y",
+        shared_vector=False,
+        unroll=256,
+    )
+
+
+def wide_gemv() -> TunableGemv:
+    """The rule: `TunableGemv` at `wide_config`'s points."""
+    return TunableGemv(wide_config)

@@ -1,0 +1,214 @@
+"""What can be proved about CUDA without a GPU: the SASS of sm_80, sm_89 and sm_90, and the launches of a decode step.
+
+The quick tests compile a small model, the heavy ones two layers of GPT-2 124M's shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt2_tvm import toolchains
+from gpt2_tvm.build import Plan, lower_plan, make_plan
+from gpt2_tvm.config import PRESETS, GPT2Config
+from gpt2_tvm.inventory import function_table
+from gpt2_tvm.passes import cuda_graph
+from gpt2_tvm.schedules.cuda_gemv import wide_config
+from gpt2_tvm.schedules.tunable_gemv import GemvShape
+from targets import load_target
+from tuning.predict import predict_us
+from tuning.space import stock_point, why_not
+from tuning.static import sass
+from tuning.static.resources import KernelResources, kernel_resources
+from tuning.workloads import Workload
+
+ARCHS = ("sm_80", "sm_89", "sm_90")
+CONFIGS = {
+    "small": GPT2Config(vocab_size=1000, n_positions=128, n_embd=256, n_layer=2, n_head=4),
+    "124M": GPT2Config(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=2, n_head=12),
+}
+MODELS = ["small", pytest.param("124M", marks=pytest.mark.heavy)]
+DTYPES = ["q0f16", "q0f32"]
+GEMV_RULES = ("wide-gemv", "norm-gemv", "quantised-gemv", "tunable-gemv", "gemv")
+TENSOR_CORES = ("HMMA", "HGMMA")
+# Share of a multiprocessor's threads that its registers and shared memory must leave room for. A GEMV lives on threads
+# that wait for memory; a matmul on registers that hold its tile, where one block of 512 threads is enough.
+OCCUPANCY = {"gemv": 0.5, "matmul": 0.25}
+
+needs_tools = [
+    pytest.mark.skipif(
+        (what := toolchains.missing(load_target("cuda"))) is not None, reason=f"cannot compile for CUDA: needs {what}"
+    ),
+    pytest.mark.skipif(sass.tool() is None, reason=f"needs {sass.PACKAGES} from PyPI"),
+]
+
+
+@dataclass(frozen=True)
+class Built:
+    """table: the manifest's · kernels: {architecture: what each kernel takes}."""
+
+    plan: Plan
+    table: dict[str, Any]
+    kernels: dict[str, list[KernelResources]]
+
+    def of(self, arch: str, row: dict[str, Any]) -> list[KernelResources]:
+        """The kernels of one function."""
+        found = [k for k in self.kernels[arch] if k.function == row["name"]]
+        assert len(found) == row["kernels"], f"{arch} {row['name']}: {[k.kernel for k in found]}"
+        return found
+
+
+@functools.cache
+def built(model: str, quantization: str) -> Built:
+    import tvm
+
+    plan = make_plan(CONFIGS[model], load_target("cuda"), quantization, verify_widths=())
+    toolchains.prepare(plan.target)
+    with toolchains.compiling(plan.target) as target, tempfile.TemporaryDirectory() as folder:
+        lowered, _ = lower_plan(plan)
+        executable = tvm.compile(lowered.final, target=target, relax_pipeline=None, tir_pipeline=None)
+        (library,) = toolchains.export(executable, plan.target, Path(folder))
+        kernels = kernel_resources(plan, lowered, executable, Path(folder, library).read_bytes()).values()
+    return Built(plan, function_table(lowered, plan), {a: [k for k in kernels if k.arch == a] for a in ARCHS})
+
+
+def gemvs(made: Built) -> list[dict[str, Any]]:
+    return [f for f in made.table["functions"] if f["rule"] in GEMV_RULES and "greedy_b1" in f["calls"]]
+
+
+def matmuls(made: Built) -> list[dict[str, Any]]:
+    return [f for f in made.table["functions"] if "matmul" in f["rule"] and "prefill" in f["calls"]]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("quantization", DTYPES)
+class TestSass:
+    pytestmark = needs_tools
+
+    def test_every_gemv_of_a_decode_step_loads_16_bytes(self, model: str, quantization: str) -> None:
+        made = built(model, quantization)
+        layers = made.plan.config.n_layer
+        # four products a layer and the head, each once, whatever is fused around it
+        assert sum(f["calls"]["greedy_b1"] for f in gemvs(made)) == 4 * layers + 1
+        for arch in ARCHS:
+            for row in gemvs(made):
+                for kernel in made.of(arch, row):
+                    assert kernel.widest_load_bytes == 16, f"{arch} {row['name']} ({row['rule']})"
+                    assert kernel.instructions.get("LDG.128", 0) + kernel.instructions.get("LDGSTS.128", 0)
+
+    def test_prefill_runs_on_tensor_cores(self, model: str, quantization: str) -> None:
+        made = built(model, quantization)
+        assert sum(f["calls"]["prefill"] for f in matmuls(made)) == 4 * made.plan.config.n_layer + 1
+        for arch in ARCHS:
+            for row in matmuls(made):
+                for kernel in made.of(arch, row):
+                    used = sum(kernel.instructions.get(name, 0) for name in TENSOR_CORES)
+                    # float32 keeps its precision: no TF32
+                    assert bool(used) == (quantization == "q0f16"), f"{arch} {row['name']}: {kernel.instructions}"
+
+    def test_nothing_lives_in_local_memory(self, model: str, quantization: str) -> None:
+        made = built(model, quantization)
+        for arch in ARCHS:
+            assert len(made.kernels[arch]) >= 20
+            spilled = [
+                kernel.kernel
+                for kernel in made.kernels[arch]
+                if kernel.spill_bytes or any(name[:3] in ("LDL", "STL") for name in kernel.instructions)
+            ]
+            assert not spilled, f"{arch}: {spilled}"
+
+    def test_registers_and_shared_memory_leave_room(self, model: str, quantization: str) -> None:
+        made = built(model, quantization)
+        for arch in ARCHS:
+            for kind, rows in (("gemv", gemvs(made)), ("matmul", matmuls(made))):
+                for row in rows:
+                    for kernel in made.of(arch, row):
+                        assert kernel.registers * kernel.threads <= 65536
+                        reached = f"{kernel.occupancy:.0%} with {kernel.registers} registers, {kernel.shared_bytes} B"
+                        assert kernel.occupancy >= OCCUPANCY[kind], f"{arch} {row['name']}: {reached}"
+
+
+@pytest.mark.parametrize("model", ["small", "124M"])
+@pytest.mark.parametrize("quantization", DTYPES)
+def test_launches_of_a_decode_step(model: str, quantization: str) -> None:
+    """At most 5 a layer and 4, counted in the module that is compiled; the manifest says the same."""
+    config = CONFIGS[model]
+    plan = make_plan(config, load_target("h200"), quantization, batch_sizes=(1,), verify_widths=())
+    lowered, _ = lower_plan(plan)
+    table = function_table(lowered, plan)
+    kernels = {f["name"]: f["kernels"] for f in table["functions"]}
+    outside, (graph,) = cuda_graph.launches(lowered.final, "graph_greedy_b1")
+    count = sum(kernels[name] * times for name, times in graph.items())
+    assert not outside
+    assert count == table["launches_per_decode"] == table["launches"]["greedy_b1"]
+    assert count <= 5 * config.n_layer + 4
+
+
+# ---- the point that every product has until it is tuned
+
+
+def product(outputs: int, reduced: int, dtype: str) -> Workload:
+    return Workload("", outputs, reduced, 1, dtype, dtype, dtype, (), 1, 0, 0, (), "")
+
+
+def family() -> list[tuple[int, int]]:
+    """(N, K) of every product in gpt2, medium, large and xl."""
+    found = []
+    for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        config = PRESETS[name]
+        E = config.n_embd
+        found += [(3 * E, E), (E, E), (4 * E, E), (E, 4 * E), (config.vocab_size, E)]
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("target", ["a100", "rtx-4090", "h100", "h200"])
+def test_the_model_expects_no_less_than_of_dlights_point(target: str, dtype: str) -> None:
+    device = load_target(target)
+    for outputs, reduced in family():
+        config = wide_config(GemvShape(outputs, reduced, 1, dtype), device.tvm_target())
+        assert config is not None and config.vec_load == 16, (outputs, reduced)
+        workload = product(outputs, reduced, dtype)
+        assert why_not(config, workload, device) is None
+        ratio = predict_us(config, workload, device) / predict_us(stock_point(workload, device), workload, device)
+        # K = 1600 is 200 loads of 8 halves: only 8 threads divide them, and the last wave of the head's blocks is long
+        assert ratio <= (1.35 if (outputs, reduced, dtype) == (50257, 1600, "float16") else 1.0), (outputs, reduced)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        GemvShape(None, 768, 1, "float16"),
+        GemvShape(768, None, 1, "float16"),
+        GemvShape(768, 769, 1, "float32"),  # rows of an odd length: nothing is aligned
+        GemvShape(768, 24, 1, "float16"),  # three loads a row
+        GemvShape(768, 768, 1, "int8"),
+        GemvShape(768, 768, 1, "float16", grouped=32),
+    ],
+)
+def test_what_16_byte_loads_do_not_fit_is_left_alone(shape: GemvShape) -> None:
+    assert wide_config(shape, load_target("h200").tvm_target()) is None
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_90a"])
+def test_tensor_cores_whatever_the_spelling(arch: str) -> None:
+    """DLight takes sm_90a for a GPU without; ours is given the same schedule for both."""
+    target = load_target("h200")
+    target = replace(target, tvm={**target.tvm, "arch": arch}, archs=(arch,))
+    lowered, _ = lower_plan(make_plan(CONFIGS["small"], target, "q0f16", verify_widths=()))
+    taken = [hit.function for hit in lowered.hits if hit.rule == "matmul"]
+    assert len(taken) >= 5
+    for name in taken:
+        assert "wmma" in lowered.scheduled[name].script(), name
+
+
+def test_turing_gets_no_schedule_that_it_cannot_launch() -> None:
+    """DLight's tensor-core schedule takes 72 KiB of shared memory, a T4 has 64."""
+    lowered, _ = lower_plan(make_plan(CONFIGS["small"], load_target("t4"), "q0f16", verify_widths=()))
+    taken = [hit.function for hit in lowered.hits if hit.rule == "matmul"]
+    assert len(taken) >= 5 and not any("wmma" in lowered.scheduled[name].script() for name in taken)

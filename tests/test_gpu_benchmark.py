@@ -1,0 +1,259 @@
+"""benchmarks/gpu.py without a GPU: every part on the CPU with a tiny model, tables and figures from planted records,
+and the kit, packed here and run from its own folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpt2_tvm import Engine, UserError, compile_model
+from gpt2_tvm.artifact import open_artifact, read_manifest
+from gpt2_tvm.checkpoint import random_model
+from gpt2_tvm.config import GPT2Config
+from gpt2_tvm.measure.cases import Case
+from gpt2_tvm.weights import write_hf_checkpoint
+
+torch = pytest.importorskip("torch", reason="pip install 'gpt2-tvm[reference]'")
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+CONFIG = GPT2Config(vocab_size=97, n_positions=48, n_embd=32, n_layer=2, n_head=2)
+CASE = Case(2, 6, 5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _importable() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu-benchmark") / "tiny"
+    return write_hf_checkpoint(folder, CONFIG, random_model(CONFIG, seed=1))
+
+
+@pytest.fixture(scope="module")
+def kit(model: Path) -> Path:
+    """A kit's folder, with one artifact for this CPU."""
+    folder = model.parent / "kit"
+    compile_model(
+        str(model), "cpu", output=folder / "artifacts" / "tiny-q0f32-full", rules="baseline", batch_sizes=(1, 2)
+    )
+    return folder
+
+
+def command(*arguments: str | Path, script: Path = BENCHMARKS / "gpu.py", fails: bool = False) -> str:
+    done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    assert bool(done.returncode) == fails, done.stderr[-2000:]
+    return done.stderr if fails else done.stdout
+
+
+# ---- torch
+
+
+def test_torchs_model_is_the_same_model(kit: Path) -> None:
+    from gpu_bench.torch_gpt2 import TorchGPT2
+
+    path = kit / "artifacts" / "tiny-q0f32-full"
+    engine, ids = Engine(path), np.arange(10).reshape(2, 5) * 7 % 97
+    with torch.inference_mode():
+        model = TorchGPT2.load(open_artifact(path), 2, 8, torch.float32, "cpu")
+        places = torch.arange(8)
+        np.testing.assert_allclose(model(torch.from_numpy(ids), places[:5]).numpy(), engine.prefill(ids), atol=2e-5)
+        for at, token in ((5, 3), (6, 90)):
+            wanted = model(torch.full((2, 1), token), places[at : at + 1]).numpy()
+            np.testing.assert_allclose(wanted, engine.decode([token, token]), atol=2e-5)
+
+
+def test_both_subjects_give_the_same_tokens(kit: Path) -> None:
+    from gpu_bench.subjects import Ours, Torch
+
+    path = str(kit / "artifacts" / "tiny-q0f32-full")
+    mine, theirs = Ours(path, None, None, [CASE]).turn(CASE), Torch(path, "cpu", "eager", [CASE]).turn(CASE)
+    assert mine.tokens == theirs.tokens and len(mine.tokens[0]) == 5
+    assert min(mine.prefill_s, mine.decode_s, theirs.prefill_s, theirs.decode_s) > 0
+    with pytest.raises(UserError, match="has no CUDA graphs"):
+        Ours(path, None, True, [CASE])
+
+
+def test_a_missing_weight_is_named(kit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu_bench import torch_gpt2
+
+    every = torch_gpt2.artifact_weights
+    monkeypatch.setattr(torch_gpt2, "artifact_weights", lambda a: (w for w in every(a) if "ln_f" not in w[0]))
+    with pytest.raises(RuntimeError, match=r"lacks ln_f.bias, ln_f.weight"):
+        torch_gpt2.TorchGPT2.load(open_artifact(kit / "artifacts" / "tiny-q0f32-full"), 1, 8, torch.float32, "cpu")
+
+
+# ---- the parts, as commands
+
+
+@pytest.mark.heavy
+def test_every_part_on_a_cpu(kit: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    common = ("--kit", kit, "--results", results)
+    small = ("--prompt-tokens", 6, "--generate", 5, "--repeats", 2, "--device", "cpu")
+    printed = command("machine", "--results", results, "--device", "cpu", "--repeats", 2, "--copy-mb", 4, "--edge", 64)
+    assert "copy gb" in printed
+    printed = command("correctness", *common)
+    assert "tiny-q0f32-full" in printed and "ok" in printed
+    command("ours", *common, *small, "--model", "tiny", "--quantization", "q0f32", "--batch", "1,2")
+    command("peers", *common, *small, "--model", "tiny", "--quantization", "q0f32", "--modes", "eager")
+    printed = command(
+        "sizes", *common, *small, "--models", "tiny", "--quantization", "q0f32", "--modes", "", "--batch", "2"
+    )
+    rows = json.loads((results / "peers.json").read_text())["rows"]
+    assert [row["engine"] for row in rows] == ["tiny-q0f32-full, plain", "torch eager"]
+    assert rows[1]["same_ids"] == 5 and rows[0]["floor_from"] == "measured copy" and rows[0]["floor_share"] > 0
+    assert rows[0]["launches_a_token"] == rows[0]["kernels_a_token"]  # no graph on a CPU
+    assert {row["batch"] for row in json.loads((results / "ours.json").read_text())["rows"]} == {1, 2}
+    for title in ("What each step brings", "Beside torch", "Every size", "Logits beside torch"):
+        assert title in printed
+    figures = tmp_path / "figures"
+    command("report", "--results", results, "--figures", figures, "--output", tmp_path / "report.md")
+    assert sorted(p.name for p in figures.iterdir()) == ["gpu-ours.png", "gpu-peers.png", "gpu-sizes.png"]
+    assert (tmp_path / "report.md").read_text() == printed
+
+
+def test_a_part_goes_on_where_it_ended(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu_bench import runs
+
+    (path,) = runs.find_artifacts(kit)
+    entries, cases = runs.ablation([path]), [Case(1, 6, 5), Case(2, 6, 5)]
+    first = runs.run_part("ours", entries, cases[:1], 2, 60, "cpu", tmp_path)
+    both = runs.run_part("ours", entries, cases, 2, 60, "cpu", tmp_path)
+    assert both["complete"] and both["rows"][0] == first["rows"][0] and len(both["rows"]) == 2
+    monkeypatch.setattr(runs, "Worker", None)  # nothing is left to start
+    assert runs.run_part("ours", entries, cases, 2, 60, "cpu", tmp_path)["rows"] == both["rows"]
+
+
+def test_a_part_ends_in_time_whatever_its_children_do(kit: Path, tmp_path: Path) -> None:
+    from gpu_bench import runs
+
+    (path,) = runs.find_artifacts(kit)
+    result = runs.run_part("ours", runs.ablation([path]), [Case(1, 6, 5)], 10**6, 4, "cpu", tmp_path)
+    assert not result["complete"]
+
+
+def test_what_cannot_be_run_is_said_in_a_line(kit: Path, tmp_path: Path) -> None:
+    assert "no gpt2 q0f16 in" in command(
+        "ours", "--kit", kit, "--results", tmp_path, "--quantization", "q0f16", fails=True
+    )
+    assert "holds no results" in command("report", "--results", tmp_path / "none", fails=True)
+    if not torch.cuda.is_available():
+        assert "no NVIDIA GPU" in command("machine", "--results", tmp_path, fails=True)
+
+
+# ---- the report, from planted records
+
+
+def planted(**changes: Any) -> dict[str, Any]:
+    row = {
+        "engine": "gpt2-q0f16-full, graph",
+        "artifact": "gpt2-q0f16-full",
+        "kind": "ours",
+        "how": "graph",
+        "model": "gpt2",
+        "quantization": "q0f16",
+        "batch": 1,
+        "prompt_tokens": 322,
+        "generate_tokens": 64,
+        "repeats": 7,
+        "prefill_tok_s": 250_000.0,
+        "prefill_tok_s_sd": 900.0,
+        "decode_tok_s": 9000.0,
+        "decode_tok_s_sd": 30.0,
+        "step_time_us": 111.1,
+        "floor_tok_s": 18_000.0,
+        "floor_share": 0.5,
+        "floor_from": "measured copy",
+        "same_ids": 64,
+        "date": "2026-01-01T00:00:00+00:00",
+        "device": "Planted GPU",
+        "kernels_a_token": 63,
+        "launches_a_token": 1,
+    }
+    return {**row, **changes}
+
+
+def test_the_report_of_planted_records(tmp_path: Path) -> None:
+    from gpu_bench.report import draw, render
+
+    torch_row = planted(
+        engine="torch eager", kind="torch", how="eager", decode_tok_s=900.0, floor_share=0.05, same_ids=60
+    )
+    torch_row |= {"launches_a_token": 140, "kernels_a_token": 140}
+    result = {"complete": False, "failures": ["torch max-autotune: planted"], "date": "2026-01-02"}
+    (tmp_path / "peers.json").write_text(json.dumps({**result, "rows": [torch_row, planted()]}))
+    for batch in (1, 4):
+        rows = [planted(batch=batch), planted(batch=batch, generate_tokens=512, kind="torch")]
+        (tmp_path / f"sizes-gpt2-{batch}.json").write_text(json.dumps({**result, "rows": rows}))
+    text = render(tmp_path)
+    peers, sizes = text.split("#### Every size")
+    lines = [line for line in peers.splitlines() if line.startswith("| gpt2 q0f16")]
+    assert ["graph" in lines[0], "torch eager" in lines[1]] == [True, True]  # the fastest first
+    assert "50%" in lines[0] and "| 1 |" in " ".join(lines[0].split()) and "60 of 64" in lines[1]
+    assert "Failed: torch max-autotune: planted" in peers and "the same command goes on" in peers
+    assert sizes.count("| gpt2 q0f16") == 4
+    made = draw(tmp_path, tmp_path / "figures")
+    assert [path.name for path in made] == ["gpu-peers.png", "gpu-sizes.png"]
+    assert all(path.stat().st_size > 10_000 for path in made)
+
+
+# ---- the kit
+
+
+@pytest.mark.heavy
+def test_a_kit_runs_from_its_own_folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code without weights travels; the machine makes them, and its numbers are those of the same seed here."""
+    from gpu_bench import kit as kits
+
+    output = tmp_path / "kit.tar.xz"
+    kits.build(output, [str(model)], ["q0f32"], "cpu", (1,), None, False, None, lambda what, share: None)
+    with tarfile.open(output) as archive:
+        archive.extractall(tmp_path / "there", filter="data")
+    there = tmp_path / "there" / "kit"
+    (path,) = (there / "artifacts").iterdir()
+    assert not (path / "params").exists() and not list(there.rglob("libtvm_compiler*"))
+    printed = command("correctness", "--results", tmp_path / "results", script=there / "gpu.py")
+    assert " ok " in printed
+    manifest = read_manifest(path)
+    assert manifest["random_weights"] and (path / "params").is_symlink()
+    seeded = write_hf_checkpoint(tmp_path / "seeded", CONFIG, random_model(CONFIG, seed=manifest["seed"]))
+    here = compile_model(str(seeded), "cpu", output=tmp_path / "here", rules="baseline")
+    np.testing.assert_allclose(Engine(path).prefill([1, 2, 3]), Engine(here).prefill([1, 2, 3]), atol=1e-5)
+    (there / "kit.json").write_text('{"python": "2.7"}')
+    assert "this kit is for Python 2.7" in command("machine", script=there / "gpu.py", fails=True)
+
+
+def test_wheels_of_another_python(tmp_path: Path) -> None:
+    import zipfile
+
+    from gpu_bench import kit as kits
+
+    for name, tag, inside in (
+        (
+            "apache_tvm-0.27.0",
+            "py3-none",
+            ("tvm/__init__.py", "tvm/lib/libtvm_compiler.so", "tvm/lib/libtvm_runtime.so"),
+        ),
+        ("apache_tvm_ffi-0.1.14", "cp312-cp312", ("tvm_ffi/core.abi3.so", "tvm_ffi/include/a.h")),
+    ):
+        with zipfile.ZipFile(tmp_path / f"{name}-{tag}-linux_x86_64.whl", "w") as wheel:
+            for file in inside:
+                wheel.writestr(file, b"planted")
+    found = {member.path for member in kits._libraries(tmp_path)}
+    assert {"lib/tvm/lib/libtvm_runtime.so", "lib/tvm_ffi/core.abi3.so", "lib/gpt2_tvm/engine.py"} < found
+    assert not any("tvm_compiler" in path or "tvm_ffi/include" in path for path in found)
+    assert json.loads(kits._about(tmp_path)) == {"python": "3.12"}
+    (tmp_path / "apache_tvm_ffi-0.1.14-cp312-cp312-linux_x86_64.whl").unlink()
+    with pytest.raises(UserError, match="lacks apache_tvm_ffi"):
+        list(kits._libraries(tmp_path))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ MAX_HEAD_DIM = 256  # the attention kernels keep a head's row in registers or sh
 
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
 _FLAGS = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings")
+_LAYERS = ("layer_heads", "layer_inner", "layer_inputs")
 _REQUIRED = ("model_type", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 
 
@@ -52,6 +53,11 @@ class GPT2Config:
         scale_attn_weights, scale_attn_by_inverse_layer_idx: see `attention_scale`.
         tie_word_embeddings: the head is the token embedding; otherwise `lm_head.weight` [V, E] is its own.
         bos_token_id, eos_token_id: None where the model has none.
+        layer_heads, layer_inner, layer_inputs: what a pruned model keeps, an entry a layer; None where nothing was cut
+            (keys of ours, which transformers does not know). Heads, at most n_head; width of the MLP, at most n_inner;
+            and inputs of attn.c_attn, of attn.c_proj and of mlp.c_fc, a triple of numbers, at most E, heads * head_dim
+            and E. Read them with `heads`, `inner` and `inputs`: n_head and n_inner stay those of the whole model, and
+            so does head_dim.
     """
 
     vocab_size: int = 50257
@@ -67,9 +73,13 @@ class GPT2Config:
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 50256
     eos_token_id: int | None = 50256
+    layer_heads: tuple[int, ...] | None = None
+    layer_inner: tuple[int, ...] | None = None
+    layer_inputs: tuple[tuple[int, int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         _check_sizes(self)
+        _check_layers(self)
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "true or false")
@@ -99,6 +109,32 @@ class GPT2Config:
         """Size of one head, E / n_head; 1 to 256."""
         return self.n_embd // self.n_head
 
+    @property
+    def pruned(self) -> bool:
+        """Whether a layer is smaller than the configuration's plain sizes say."""
+        return any(getattr(self, name) is not None for name in _LAYERS)
+
+    def heads(self, layer: int) -> int:
+        """Heads of block `layer` (from 0)."""
+        return self.n_head if self.layer_heads is None else self.layer_heads[layer]
+
+    def inner(self, layer: int) -> int:
+        """Width of the MLP of block `layer`."""
+        return self.n_inner if self.layer_inner is None else self.layer_inner[layer]
+
+    def widths(self, layer: int) -> tuple[int, int, int]:
+        """What the producers of the inputs of attn.c_attn, attn.c_proj and mlp.c_fc make in block `layer`."""
+        return self.n_embd, self.heads(layer) * self.head_dim, self.n_embd
+
+    def inputs(self, layer: int) -> tuple[int, int, int]:
+        """How many of `widths` the three layers take in block `layer`."""
+        return self.widths(layer) if self.layer_inputs is None else self.layer_inputs[layer]
+
+    def first_layers(self, layers: int) -> GPT2Config:
+        """The configuration of the first `layers` blocks."""
+        cut = {name: value[:layers] for name in _LAYERS if (value := getattr(self, name)) is not None}
+        return replace(self, n_layer=layers, **cut)
+
     def attention_scale(self, layer: int) -> float:
         """The factor on query·key in block `layer` (from 0), in transformers' own order of operations:
         1/sqrt(head_dim) if `scale_attn_weights`, then divided by layer + 1 if
@@ -111,20 +147,24 @@ class GPT2Config:
 
     def num_parameters(self) -> int:
         """How many numbers the model holds; a tied head counts once."""
-        e, inner = self.n_embd, self.n_inner
-        block = (
-            2 * 2 * e  # two LayerNorms, weight and bias
-            + (e * 3 * e + 3 * e)  # attn.c_attn
-            + (e * e + e)  # attn.c_proj
-            + (e * inner + inner)  # mlp.c_fc
-            + (inner * e + e)  # mlp.c_proj
-        )
+        e, blocks = self.n_embd, 0
+        for layer in range(self.n_layer):
+            inner, qkv = self.inner(layer), 3 * self.heads(layer) * self.head_dim
+            attn, proj, fc = self.inputs(layer)
+            blocks += (
+                2 * (attn + fc)  # two LayerNorms, weight and bias
+                + (attn * qkv + qkv)  # attn.c_attn
+                + (proj * e + e)  # attn.c_proj
+                + (fc * inner + inner)  # mlp.c_fc
+                + (inner * e + e)  # mlp.c_proj
+            )
         heads = 1 if self.tie_word_embeddings else 2
-        return heads * self.vocab_size * e + self.n_positions * e + self.n_layer * block + 2 * e
+        return heads * self.vocab_size * e + self.n_positions * e + blocks + 2 * e
 
     def to_json(self) -> str:
-        """This configuration as the text of a `config.json`, which transformers loads as a GPT-2."""
+        """This configuration as the text of a `config.json`, which transformers loads as a GPT-2 (not a pruned one)."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {name: value for name, value in values.items() if name not in _LAYERS or value is not None}
         return json.dumps(
             {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **values}, indent=2, sort_keys=True
         )
@@ -204,6 +244,34 @@ def _check_sizes(config: GPT2Config) -> None:
             f"head size {config.head_dim} (n_embd {config.n_embd} / n_head {config.n_head}) is not supported;"
             f" 1 to {MAX_HEAD_DIM} are"
         )
+
+
+def _check_layers(config: GPT2Config) -> None:
+    """Lists become tuples; every number is checked against the whole model's."""
+    for name in ("layer_heads", "layer_inner"):
+        given = getattr(config, name)
+        if given is not None:
+            most = config.n_head if name == "layer_heads" else config.n_inner
+            object.__setattr__(config, name, _entries(config, name, given, [most] * config.n_layer))
+    given = config.layer_inputs
+    if given is not None:
+        if not isinstance(given, list | tuple) or len(given) != config.n_layer:
+            raise _wrong("layer_inputs", given, f"a list of {config.n_layer} triples, one a layer")
+        found = (
+            _entries(config, f"layer_inputs[{i}]", kept, config.widths(i), "numbers of inputs")
+            for i, kept in enumerate(given)
+        )
+        object.__setattr__(config, "layer_inputs", tuple(found))
+
+
+def _entries(
+    config: GPT2Config, name: str, given: object, most: Sequence[int], what: str = "numbers, one a layer"
+) -> tuple[int, ...]:
+    valid = isinstance(given, list | tuple) and len(given) == len(most)
+    if not valid or not all(_is_int(n) and 1 <= n <= m for n, m in zip(given, most, strict=True)):  # type: ignore
+        limits = f"1 to {most[0]}" if len(set(most)) == 1 else f"at most {list(most)}"
+        raise _wrong(name, given, f"a list of {len(most)} {what}, each {limits}")
+    return tuple(given)  # type: ignore[arg-type]
 
 
 def _is_int(value: object) -> bool:

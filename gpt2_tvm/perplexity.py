@@ -96,8 +96,8 @@ def main(
         return made
 
     try:
-        with _progress(len(scorer.windows)) as progress:
-            scorer.run(progress)
+        with progress(len(scorer.windows)) as say:
+            scorer.run(say)
     except KeyboardInterrupt:
         if scorer.result().scored_tokens:
             report()
@@ -142,7 +142,7 @@ def summary(made: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _progress(windows: int) -> Iterator[Progress]:
+def progress(windows: int) -> Iterator[Progress]:
     """A bar on stderr where that is a terminal, with the perplexity so far; else a line every tenth of the way."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from gpt2_tvm import cli
 from gpt2_tvm.errors import UserError
-
-if TYPE_CHECKING:
-    from gpt2_tvm.decoding.measuring import Say
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -27,13 +22,14 @@ def main(
     ],
     model: Annotated[str, typer.Option(help="Artifacts of targets, with commas between.")],
     strategy: Annotated[
-        str, typer.Option(help="naive, greedy, sample, speculative, lookup, early; several with commas.")
+        str,
+        typer.Option(help="naive, greedy, sample, speculative, lookup, mixed, early, streaming; several with commas."),
     ] = "greedy,speculative,lookup",
     draft: Annotated[
         str,
         typer.Option(
             help="Artifacts that draft, with commas. Those that are a model's first layers (decoding.early makes "
-            "them) are for early, others for speculative."
+            "them) are for early, others for speculative and mixed (lookup first, a draft where that finds nothing)."
         ),
     ] = "",
     draft_length: Annotated[
@@ -199,7 +195,7 @@ def _measure(
         load_meanwhile = OtherLoad([])
         with Journal(records or Path(scratch) / "turns.jsonl") as journal:
             journal.open(header, fresh)
-            with _progress(bench.turns) as say:
+            with cli.progress(bench.turns) as say:
                 bench.run(journal, say)
         others = load_meanwhile.cores()
     baseline = "greedy" if sampling.greedy else "sample"
@@ -217,35 +213,6 @@ def _measure(
         "versions": versions(),
         "rows": make_rows(journal.turns, subjects, units, {p: e.artifact for p, e in engines.items()}, baseline),
     }
-
-
-@contextmanager
-def _progress(turns: int) -> Iterator[Say]:
-    """A bar on stderr; on what is no terminal, a line a prompt."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _line_a_prompt()
-        return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=turns)
-        yield lambda what, done: bar.update(task, description=what, completed=done)
-
-
-def _line_a_prompt() -> Say:
-    last = ""
-
-    def say(what: str, done: int) -> None:
-        nonlocal last
-        unit = what.partition(":")[0]
-        if unit != last:
-            print(unit, file=sys.stderr, flush=True)
-        last = unit
-
-    return say
 
 
 if __name__ == "__main__":

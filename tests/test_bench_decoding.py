@@ -142,6 +142,31 @@ def test_rows_hold_rates_acceptance_and_theory(tiny_artifact: Path) -> None:
     assert len(bars.patches) == 10 and len(points.lines) == 3  # the point, its curve, and the line at 1
 
 
+def test_streaming_has_a_curve_beside_speculatives(tiny_artifact: Path) -> None:
+    """Its drafts cost nothing of their own, and each pass computes the whole tree whatever the draft length."""
+    from dataclasses import replace
+
+    from gpt2_tvm.decoding.prompts import Unit
+
+    plain = Subject(tiny_artifact, "greedy")
+    streaming, fast = Subject(tiny_artifact, "streaming", None, "3"), Subject(tiny_artifact, "speculative", None, "3")
+    seen = {"drafted": 12, "examined": 8, "accepted": 6}
+    free = {"draft_s": 0.0, "target_s": {"1": 1.0, "4": 1.6}}
+    paid = {"draft_s": 0.1, "target_s": {"1": 1.0, "4": 1.2}}
+    turns = dict(
+        [turn(plain, 0, 1.0, 1), turn(streaming, 0, 1.6, 3, **seen, **free), turn(fast, 0, 1.5, 3, **seen, **paid)]
+    )
+    artifact = open_artifact(tiny_artifact)
+    artifact = replace(artifact, manifest={**artifact.manifest, "streams": {"rows": 4, "kept": 4, "streams": 3}})
+    units = [Unit("text", 0, {tiny_artifact: [[1]]})]
+    rows = make_rows(turns, [plain, streaming, fast], units, {tiny_artifact: artifact}, "greedy")
+    assert rows[1]["cost_ratio"] == 0.0
+    assert rows[1]["predicted_speedup"] == pytest.approx(expected_tokens(0.75, 3) / 1.6, abs=1e-3)
+    assert rows[1]["optimum_length"] == 3  # a shorter tree would cost as much
+    _, points = make_figure(rows).axes
+    assert len(points.lines) == 5  # a point and a curve each, and the line at 1
+
+
 def test_subjects_are_what_makes_sense(tiny_artifact: Path) -> None:
     made = expand([tiny_artifact], ["greedy", "lookup", "speculative"], [tiny_artifact], ["2", "adaptive"])
     assert [(s.strategy, s.length) for s in made] == [

@@ -64,7 +64,7 @@ def test_every_strategy_writes_greedys_text(target: Engine, first: Engine, m: in
         given = prompts(batch, seed=10 * i + batch)
         expected = text(target, "greedy", given)
         assert [len(tokens) for tokens in expected] == [24] * batch
-        for name, draft in (("speculative", first), ("early", first), ("lookup", None)):
+        for name, draft in (("speculative", first), ("early", first), ("lookup", None), ("mixed", first)):
             assert text(target, name, given, draft=draft, length=str(m)) == expected, name
 
 
@@ -275,7 +275,7 @@ def test_what_cannot_be_is_refused_in_one_line(target: Engine, first: Engine, ti
     refused("--draft-length many", lambda: make_strategy("lookup", target, length="many"))
     refused("--planted-acceptance 2", lambda: Plan(2.0, [], 11))
     refused("--layers 3", lambda: truncate(ModelSource("m", CONFIG, random=True), 3, Path("unused")))
-    assert set(NAMES) == {"naive", "greedy", "sample", "speculative", "lookup", "early"}
+    assert set(NAMES) == {"naive", "greedy", "sample", "speculative", "lookup", "mixed", "early", "streaming"}
     assert is_early(target.artifact, first.artifact) and not is_early(first.artifact, target.artifact)
 
 

@@ -97,8 +97,10 @@ def test_greedy_keeps_the_targets_own(best: list[int], drafted: list[int], stand
 
 
 def test_near_tie_is_relative_to_the_largest_magnitude() -> None:
-    assert near_tie(np.array([-100.0, 5.0, 4.999]), 2e-5)
-    assert not near_tie(np.array([-10.0, 5.0, 4.999]), 2e-5)
+    rows = np.array([[-10.0, 5.0, 4.999], [-100.0, 5.0, 4.999], [0.0, 1.0, 1.0]])
+    assert near_tie(rows, 2e-5) == 1
+    assert near_tie(rows[:1], 2e-5) is None
+    assert near_tie(rows[[0, 2]], 2e-5) == 1
 
 
 def test_probabilities_are_the_distribution_spread_out() -> None:

@@ -18,6 +18,11 @@ def bundled_model() -> Path:
     return _HERE / "austen"
 
 
+def bundled_draft() -> Path:
+    """The folder of a smaller model that drafts for the bundled one, as that one's: distilled from it."""
+    return _HERE / "austen-draft"
+
+
 @cache
 def _gettysburg() -> dict[str, Any]:
     return json.loads((_HERE / "gettysburg.json").read_text(encoding="utf-8"))

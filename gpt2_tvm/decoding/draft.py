@@ -42,13 +42,16 @@ class Draft(Protocol):
 class ModelDraft:
     """A smaller model, or the same one in int8 or with fewer layers, one decode step a token.
 
-    Its cache needs no telling what became of its tokens: at each call it keeps what agrees with the text and takes in
-    the rest. A text beyond its context is no longer drafted for.
+    Greedy drafts come out of one loop on the device, with one read-back a round. The cache needs no telling what became
+    of its tokens: at each call it keeps what agrees with the text and takes in the rest. A text beyond its context is
+    no longer drafted for.
 
     Args:
         engine: the draft's own; it may have another context length and precision than the target's.
         sampling: as the target's.
     """
+
+    on_device = True  # whether greedy drafts may come out of the device's own loop
 
     def __init__(self, engine: Engine, sampling: Sampling | None = None) -> None:
         self.engine, self.sampling = engine, sampling or Sampling()
@@ -73,6 +76,9 @@ class ModelDraft:
         made = [Proposal() for _ in rows]
         if not any(wanted):
             return made
+        n = max(wanted)
+        if self.on_device and self.sampling.greedy and all(s >= n for s, w in zip(space, wanted, strict=True) if w):
+            return self._loop(rows, wanted)
         logits = self._catch_up(rows, wanted)
         for i in range(max(wanted)):
             for b, n in enumerate(wanted):
@@ -84,6 +90,27 @@ class ModelDraft:
                 logits = self._decode([p.tokens[-1] if i + 1 < n else None for p, n in zip(made, wanted, strict=True)])
         return made
 
+    def _loop(self, rows: Sequence[TextRow], wanted: Sequence[int]) -> list[Proposal]:
+        """Greedy drafts of the rows that are wanted, all as long as the longest; what is too much is cut off."""
+        n = max(wanted)
+        self._match(rows)
+        if all(not w or self._cached[b] + 1 == len(rows[b].ids) for b, w in enumerate(wanted)):
+            start, drafted = [rows[b].ids[-1] if w else SPARE for b, w in enumerate(wanted)], np.zeros((len(rows), 0))
+        else:
+            first = self._catch_up(rows, wanted).argmax(-1).astype(np.int32)
+            start, drafted, n = first.tolist(), first[:, None], n - 1
+        if n:
+            self._settle([not w for w in wanted], n)
+            run = self.engine.decode_greedy(n, start)
+            following = self.engine.best
+            assert following is not None
+            for b, w in enumerate(wanted):
+                if w and not drafted.size:  # the loop's first token is the text's last id
+                    self._cached[b] += 1
+                self._guessed[b] += run[b, 0 if drafted.size else 1 :].tolist() if w else []
+            drafted = np.concatenate([drafted, run[:, 1:], following[:, None]], axis=1).astype(np.int32)
+        return [Proposal(drafted[b, :w].tolist(), [None] * w) for b, w in enumerate(wanted)]
+
     def _choose(self, b: int, row: TextRow, i: int, logits: np.ndarray) -> tuple[int, np.ndarray | None]:
         """The i-th drafted token of sequence b, from logits [vocab], and what it was drawn from."""
         if self.sampling.greedy:
@@ -93,15 +120,8 @@ class ModelDraft:
 
     def _catch_up(self, rows: Sequence[TextRow], wanted: Sequence[int]) -> np.ndarray:
         """Take in what the text has gained -> logits [batch, vocab] after the last id of each row that is wanted."""
-        missing: list[list[int] | None] = []
-        for b, row in enumerate(rows):
-            at = self._cached[b]
-            for guess in self._guessed[b]:
-                if at + 1 >= len(row.ids) or row.ids[at] != guess:  # the last id is always taken in: its logits count
-                    break
-                at += 1
-            self._cached[b], self._guessed[b] = at, []
-            missing.append(row.ids[at:] if wanted[b] else None)
+        self._match(rows)
+        missing = [row.ids[self._cached[b] :] if wanted[b] else None for b, row in enumerate(rows)]
         self._settle([m is None for m in missing])
         given = [m if m is not None else [SPARE] for m in missing]
         for b, ids in enumerate(missing):
@@ -114,6 +134,16 @@ class ModelDraft:
             return logits[np.arange(len(given)), [len(ids) - 1 for ids in given]]
         return self.engine.prefill(given)
 
+    def _match(self, rows: Sequence[TextRow]) -> None:
+        """Count the guesses that have become the text's own ids to what is cached; forget the others."""
+        for b, row in enumerate(rows):
+            at = self._cached[b]
+            for guess in self._guessed[b]:
+                if at + 1 >= len(row.ids) or row.ids[at] != guess:  # the last id is always taken in: its logits count
+                    break
+                at += 1
+            self._cached[b], self._guessed[b] = at, []
+
     def _decode(self, tokens: Sequence[int | None]) -> np.ndarray:
         self._settle([token is None for token in tokens])
         for b, token in enumerate(tokens):
@@ -121,14 +151,14 @@ class ModelDraft:
                 self._guessed[b].append(token)
         return self.engine.decode([SPARE if token is None else token for token in tokens])
 
-    def _settle(self, idle: Sequence[bool]) -> None:
-        """Move positions back to what counts; a row that is idle in the next call leaves a slot for the spare token."""
+    def _settle(self, idle: Sequence[bool], steps: int = 1) -> None:
+        """Move positions back to what counts; a row that is idle in the next `steps` leaves slots for spare tokens."""
         for b, resting in enumerate(idle):
-            if resting and self._cached[b] + len(self._guessed[b]) >= self.engine.max_seq_len:
-                if self._guessed[b]:
-                    self._guessed[b].pop()
-                else:
-                    self._cached[b] -= 1
+            over = self._cached[b] + len(self._guessed[b]) + steps - self.engine.max_seq_len if resting else 0
+            if over > 0:
+                forgotten = min(over, len(self._guessed[b]))
+                del self._guessed[b][len(self._guessed[b]) - forgotten :]
+                self._cached[b] -= over - forgotten
         self.engine.rewind([n + len(g) for n, g in zip(self._cached, self._guessed, strict=True)])
 
 

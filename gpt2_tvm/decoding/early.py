@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -42,7 +41,7 @@ def is_early(target: Artifact, draft: Artifact) -> bool:
     from gpt2_tvm.tensor_cache import load_tensors
 
     ours, theirs = target.config, draft.config
-    if theirs.n_layer >= ours.n_layer or replace(theirs, n_layer=ours.n_layer) != ours:
+    if theirs.n_layer >= ours.n_layer or ours.first_layers(theirs.n_layer) != theirs:
         return False
     name = "transformer.wpe.weight"
     a, b = (np.asarray(load_tensors(folder, None)[name].numpy()) for folder in (target.params, draft.params))
@@ -59,7 +58,7 @@ def truncate(source: ModelSource, layers: int, folder: Path) -> Path:
 
     if not 1 <= layers < source.config.n_layer:
         raise UserError(f"--layers {layers}: {source.name} has {source.config.n_layer}; give 1 or more, but fewer")
-    config = replace(source.config, n_layer=layers)
+    config = source.config.first_layers(layers)
     wanted = expected_tensors(config)
 
     def kept() -> Iterator[tuple[str, np.ndarray]]:

@@ -26,15 +26,16 @@ LONGEST, SHORTEST = 4, 2  # ids that must agree: the longest match is looked for
 class Index:
     """Where each run of ids was last seen, growing with the text. One dictionary look-up a length and a token."""
 
-    def __init__(self) -> None:
+    def __init__(self, shortest: int = SHORTEST) -> None:
         self.ids: list[int] = []
+        self.shortest = shortest
         self._after: dict[tuple[int, ...], int] = {}
 
     def extend(self, ids: Sequence[int]) -> None:
         """Take in the ids that follow."""
         for token in ids:
             # a run is entered when the id after it comes, so that the text's own end never finds itself
-            for n in range(SHORTEST, LONGEST + 1):
+            for n in range(self.shortest, LONGEST + 1):
                 if len(self.ids) >= n:
                     self._after[tuple(self.ids[-n:])] = len(self.ids)
             self.ids.append(token)
@@ -44,7 +45,7 @@ class Index:
 
         A copy that reaches the text's end goes on with what it has copied.
         """
-        for n in range(min(LONGEST, len(self.ids)), SHORTEST - 1, -1):
+        for n in range(min(LONGEST, len(self.ids)), self.shortest - 1, -1):
             at = self._after.get(tuple(self.ids[-n:]))
             if at is not None:
                 text = list(self.ids[at:])
@@ -57,12 +58,13 @@ class Index:
 class LookupDraft:
     """`Index` of every row, its prompt and what was written since."""
 
-    def __init__(self) -> None:
+    def __init__(self, shortest: int = SHORTEST) -> None:
+        self.shortest = shortest
         self._indices: list[Index] = []
 
     def begin(self, rows: Sequence[TextRow], rngs: Sequence[np.random.Generator]) -> None:
         """See `Draft.begin`."""
-        self._indices = [Index() for _ in rows]
+        self._indices = [Index(self.shortest) for _ in rows]
         for index, row in zip(self._indices, rows, strict=True):
             index.extend(row.ids)
 

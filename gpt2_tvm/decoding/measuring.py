@@ -13,6 +13,7 @@ from gpt2_tvm.decoding.registry import make_strategy
 from gpt2_tvm.decoding.sampling import Sampling
 from gpt2_tvm.decoding.speculative import Speculative
 from gpt2_tvm.decoding.strategy import Decoding, Strategy
+from gpt2_tvm.decoding.streaming import Streaming
 from gpt2_tvm.decoding.subjects import Subject
 from tuning.journal import JournalFile, Line
 
@@ -112,7 +113,7 @@ class Bench:
             "examined": sum(row.examined for row in rows),
             "accepted": sum(row.accepted for row in rows),
         }
-        if isinstance(strategy, Speculative):
+        if isinstance(strategy, Speculative | Streaming):
             line["draft_s"] = strategy.costs.draft_s
             line["target_s"] = {str(rows): seconds for rows, seconds in strategy.costs.target.items()}
         return line

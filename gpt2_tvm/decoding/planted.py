@@ -54,10 +54,13 @@ class PlantedDraft:
 
 
 class PlantedModelDraft(ModelDraft):
-    """`Plan` at the cost of a model, which is run as if the tokens were its own."""
+    """`Plan` at the cost of a model, which is run as if the tokens were its own: those of its cache are its own."""
 
     plan: Plan
 
-    def _choose(self, b: int, row: TextRow, i: int, logits: np.ndarray) -> tuple[int, np.ndarray | None]:
-        super()._choose(b, row, i, logits)
-        return self.plan.token(b, row, i), None
+    def propose(self, rows: Sequence[TextRow], counts: Sequence[int]) -> list[Proposal]:
+        """See `Draft.propose`."""
+        made = super().propose(rows, counts)
+        for b, (row, p) in enumerate(zip(rows, made, strict=True)):
+            p.tokens = [self.plan.token(b, row, i) for i in range(len(p.tokens))]
+        return made

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from gpt2_tvm.engine import Engine
 
 PLAIN = ("naive", "greedy", "sample")
-DRAFTED = ("speculative", "lookup", "early")  # take a draft length
+DRAFTED = ("speculative", "lookup", "mixed", "early", "streaming")
+WITH_DRAFT = ("speculative", "mixed", "early")  # take a second artifact  # take a draft length
 NAMES = (*PLAIN, *DRAFTED)
 
 
@@ -36,7 +37,7 @@ def make_strategy(
 
     Args:
         name: one of `NAMES`.
-        draft: another engine, for speculative and early.
+        draft: another engine, for speculative, mixed and early.
         length: how many tokens to draft, or "adaptive".
         plan: for speculative: what is drafted, whatever the draft says (greedy only).
 
@@ -47,16 +48,21 @@ def make_strategy(
     from gpt2_tvm.decoding.early import Early, is_early
     from gpt2_tvm.decoding.greedy import Greedy
     from gpt2_tvm.decoding.lookup import Lookup
+    from gpt2_tvm.decoding.mixed import Mixed
     from gpt2_tvm.decoding.naive import Naive
     from gpt2_tvm.decoding.planted import PlantedDraft, PlantedModelDraft
     from gpt2_tvm.decoding.sampled import Sampled
     from gpt2_tvm.decoding.speculative import Speculative, with_model
+    from gpt2_tvm.decoding.streaming import Streaming
 
     check_name(name)
-    if draft is not None and name not in ("speculative", "early"):
+    if draft is not None and name not in WITH_DRAFT:
         raise UserError(f"--strategy {name} takes no --draft; leave it out, or choose speculative")
     if name in PLAIN:
         return (Naive if name == "naive" else Greedy if name == "greedy" else Sampled)(engine, sampling)
+    if name == "streaming":
+        plan_ = engine.artifact.streams or {"streams": 1}
+        return Streaming(engine, draft_length(length, int(plan_["streams"])), sampling)
     longest = max(1, max(engine.artifact.verify_widths, default=1) - 1)  # what one pass of the target checks
     tokens = draft_length(length, longest)
     if name == "lookup":
@@ -72,6 +78,8 @@ def make_strategy(
         planted = PlantedModelDraft(draft, sampling)
         planted.plan = plan
         return Speculative(engine, planted, tokens, sampling)
+    if name == "mixed":
+        return Mixed(engine, draft, tokens, sampling)
     if name == "early":
         if not is_early(engine.artifact, draft.artifact):
             raise UserError(

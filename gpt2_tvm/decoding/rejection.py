@@ -59,11 +59,13 @@ def accept_greedy(best: Sequence[int], drafted: Sequence[int]) -> int:
     return next((i for i, token in enumerate(drafted) if token != best[i]), len(drafted))
 
 
-def near_tie(logits: np.ndarray, tolerance: float) -> bool:
-    """Whether another logit of [vocab] is within tolerance * max|logit| of the largest.
+def near_tie(logits: np.ndarray, tolerance: float) -> int | None:
+    """The first row of [rows, vocab] where another logit is within tolerance * max|logit| of the largest; None: no row.
 
     There two ways of computing the same logits may disagree about the largest: their sums run in another order.
     """
-    largest = logits.max()
-    scale = max(abs(float(largest)), abs(float(logits.min())))
-    return int(np.count_nonzero(logits >= largest - tolerance * scale)) > 1
+    largest = logits.max(-1)
+    scale = np.maximum(np.abs(largest), np.abs(logits.min(-1)))
+    close = np.count_nonzero(logits >= (largest - tolerance * scale)[:, None], axis=-1)
+    found = np.flatnonzero(close > 1)
+    return int(found[0]) if found.size else None

@@ -150,7 +150,7 @@ def _theory(
         )
     )
     steps = [s for line in plain.values() for s, _ in line["steps"]]
-    last = [line for line in own.values() if line.get("draft_s")]
+    last = [line for line in own.values() if line.get("draft_s") is not None]
     if row["acceptance"] is None or not steps or not last:
         return nothing
     plain_s, draft_s = median(steps), median(line["draft_s"] for line in last)
@@ -158,7 +158,9 @@ def _theory(
     for rows in {r for line in last for r in line["target_s"]}:
         target[int(rows)] = median(line["target_s"][rows] for line in last if rows in line["target_s"])
     target[1] = plain_s
-    widths = artifacts[subject.model].verify_widths
+    artifact = artifacts[subject.model]
+    streams = artifact.streams if subject.strategy == "streaming" else None
+    widths = (int(streams["rows"]),) if streams else artifact.verify_widths
 
     def target_s(m: int) -> float:
         padded = 1 if m <= 1 else next((w for w in widths if w >= m), -(-m // widths[-1]) * widths[-1])
@@ -173,7 +175,7 @@ def _theory(
         tokens = 1 + found * (speculation.expected_tokens(rate, k) - 1)
         return tokens * plain_s / ((1 - found) * plain_s + found * (k * draft_s + target_s(k + 1)))
 
-    best = speculation.best(rate, gain, max(1, widths[-1] - 1))
+    best = speculation.best(rate, gain, int(streams["streams"]) if streams else max(1, widths[-1] - 1))
     predicted = gain(fixed) if fixed is not None else None
     ratios = [a / b for k in own.keys() & plain.keys() if (a := _rate(own[k])) and (b := _rate(plain[k]))]
     return {

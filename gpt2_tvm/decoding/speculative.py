@@ -61,6 +61,8 @@ class Speculative(Strategy):
         # one token is always the target's own: a draft never overruns what may still come, nor the context
         counts = [min(self.length.choose(b, self.costs), row.left - 1) if row.live else 0 for b, row in enumerate(rows)]
         drafted = self._propose(rows, counts)
+        if not any(p.tokens for p in drafted):
+            return self._plain(rows)
         given = [[row.ids[-1], *p.tokens] if row.live else [SPARE] for row, p in zip(rows, drafted, strict=True)]
         with self.clock("rollback"):
             park(self.engine, rows)
@@ -84,6 +86,14 @@ class Speculative(Strategy):
                 self.length.saw(b, examined, accepted)
         return new
 
+    def _plain(self, rows: Sequence[TextRow]) -> list[list[int]]:
+        """A step without drafts: what greedy or sample do."""
+        start = time.perf_counter()
+        logits = self.decode(rows)
+        self.costs.checked(1, time.perf_counter() - start)
+        with self.clock("sample"):
+            return [[token] for token in self.choose(logits, rows)]
+
     def _propose(self, rows: Sequence[TextRow], counts: Sequence[int]) -> list[Proposal]:
         if not any(counts):
             return [Proposal() for _ in rows]
@@ -95,14 +105,11 @@ class Speculative(Strategy):
         return made
 
     def _verify(self, given: Sequence[Sequence[int]]) -> np.ndarray:
-        """Logits [batch, rows, vocab] after each given token; a single one is an ordinary decode step."""
+        """Logits [batch, rows, vocab] after each given token."""
         width = max(map(len, given))
         with self.clock("verify"):
             start = time.perf_counter()
-            if width == 1:
-                logits = self.engine.decode([ids[0] for ids in given])[:, None]
-            else:
-                logits = self.engine.verify(given)
+            logits = self.engine.verify(given)
             self.costs.checked(width, time.perf_counter() - start)
         return logits
 
@@ -119,9 +126,8 @@ class Speculative(Strategy):
             if self.sampling.greedy:
                 best = logits[b, : len(p.tokens) + 1].argmax(-1)
                 stand = accept_greedy(best.tolist(), p.tokens)
-                if self._tie is not None and logits.shape[1] > 1:
-                    ties = (i for i in range(stand + 1) if near_tie(logits[b, i], self._tie))
-                    tie = next(ties, None)
+                if self._tie is not None:
+                    tie = near_tie(logits[b, : stand + 1], self._tie)
                     if tie is not None:
                         stand, doubtful[b] = tie, True
                 following = int(best[stand])

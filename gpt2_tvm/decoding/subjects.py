@@ -11,6 +11,11 @@ from gpt2_tvm.artifact import Artifact, open_artifact
 from gpt2_tvm.decoding.registry import DRAFTED, check_name
 from gpt2_tvm.errors import UserError
 
+HOW = {  # to come by a draft
+    "early": "python -m gpt2_tvm.decoding.early makes one",
+    "streaming": "compile the model with --streams FOLDER, which python -m gpt2_tvm.train_streams makes",
+}
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -53,8 +58,8 @@ def expand(
     planted: Sequence[float] = (),
 ) -> list[Subject]:
     """Every combination that makes sense, models first. A draft of a model's own first layers is for early, any other
-    for speculative; with planted rates speculative runs with these, once without a draft's cost if there is no draft.
-    UserError for a strategy that has no draft to go with.
+    for speculative and mixed; with planted rates speculative runs with these, once without a draft's cost if there is
+    no draft. UserError for a strategy that has no draft to go with.
     """
     from gpt2_tvm.decoding.early import is_early
 
@@ -71,12 +76,16 @@ def expand(
             mates: list[Path | None] = [None]
             if name == "early":
                 mates = list(early)
-            elif name == "speculative":
+            elif name == "streaming":
+                mates = [None] if opened[model].streams is not None else []
+                if not mates and any(opened[other].streams is not None for other in models):
+                    continue
+            elif name in ("speculative", "mixed"):
                 mates = [d for d in drafts if d not in early]
-                if planted:
+                if planted and name == "speculative":
                     mates = [*drafts] or [None]
             if not mates:
-                how = "python -m gpt2_tvm.decoding.early makes one" if name == "early" else "name one with --draft"
+                how = HOW.get(name, "name one with --draft")
                 raise UserError(f"--strategy {name} has no draft for {model}; {how}")
             rates: list[float | None] = list(planted) if name == "speculative" and planted else [None]
             found += [Subject(model, name, m, k, rate) for m in mates for rate in rates for k in lengths]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import web_tools  # noqa: F401  (skips this file unless it is asked for)
 
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.toolchains import linker, web

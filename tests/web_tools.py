@@ -5,22 +5,16 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
+from gpt2_tvm.errors import UserError
+from gpt2_tvm.runners import chromium
+from gpt2_tvm.runners import node as dawn
 from gpt2_tvm.toolchains import web
 from gpt2_tvm.toolchains.webruntime import emscripten
 
-if not os.environ.get("GPT2_TVM_WEB_TESTS"):
-    pytest.skip(
-        "set GPT2_TVM_WEB_TESTS=1 to run: needs emcc, node and npm; compile does not write model.wasm yet",
-        allow_module_level=True,
-    )
-
-NODE = (20,)
 NPM_S = 300
-SWIFTSHADER = Path("/usr/lib/chromium/vk_swiftshader_icd.json")  # Chromium's software Vulkan, where Debian puts it
 
 
 def emcc() -> emscripten.Emscripten:
@@ -35,16 +29,19 @@ def emcc() -> emscripten.Emscripten:
 def _packages() -> str:
     """Why node or the packages of web/package.json are not here, or ""; they are installed where they can be."""
     version = web.node_version()
-    if version is None or version < NODE:
-        return f"node {NODE[0]} or later is missing"
-    if (web.WEB / "node_modules/webgpu").is_dir() and (web.WEB / web.JS_RUNTIME).is_file():
-        return ""
-    command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(web.WEB)]
+    if version is None or version < dawn.OLDEST:
+        return f"node {dawn.OLDEST[0]} or later is missing: {dawn.HOW_TO_GET_IT}"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=NPM_S, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"npm ci of web/ did not run: {error}"
-    return "" if done.returncode == 0 else f"npm ci of web/ failed: {done.stderr.strip().splitlines()[-1:]}"
+        dawn.check()
+    except UserError:
+        command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(web.WEB)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=NPM_S, stdin=subprocess.DEVNULL)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"npm ci of web/ did not run: {error}"
+        if done.returncode != 0:
+            return f"npm ci of web/ failed: {done.stderr.strip().splitlines()[-1:]}"
+    return ""
 
 
 def packages() -> None:
@@ -53,17 +50,34 @@ def packages() -> None:
         pytest.skip(reason)
 
 
-def run_node(script: str, *arguments: str, timeout_s: float = 400) -> subprocess.CompletedProcess[bytes]:
-    """A script of web/node on a software WebGPU device; a skip where there is no adapter."""
+@functools.cache
+def _no_adapter() -> bool:
+    """Whether Dawn finds no Vulkan device, nor one in software."""
     packages()
-    environment = dict(os.environ)
-    if SWIFTSHADER.is_file():
-        environment.setdefault("VK_ICD_FILENAMES", str(SWIFTSHADER))
+    done = subprocess.run(
+        ["node", str(web.WEB / "node" / "adapter.mjs")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **dawn.environment()},
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+    return done.stdout.strip() in ("", "none")
+
+
+def dawn_device() -> None:
+    """node, its packages and a device for Dawn, or a skip."""
+    packages()
+    if _no_adapter():
+        pytest.skip("Dawn finds no Vulkan device (Debian: chromium has one in software)")
+
+
+def run_node(script: str, *arguments: str, timeout_s: float = 400) -> subprocess.CompletedProcess[bytes]:
+    """A script of web/node on a WebGPU device; a skip where there is none."""
+    dawn_device()
     command = ["node", str(web.WEB / "node" / script), *arguments]
-    done = subprocess.run(command, capture_output=True, env=environment, timeout=timeout_s, stdin=subprocess.DEVNULL)
-    if b"find a compatible GPU" in done.stderr:
-        pytest.skip("Dawn finds no Vulkan device (Debian: chromium or mesa-vulkan-drivers has one in software)")
-    return done
+    environment = {**os.environ, **dawn.environment()}
+    return subprocess.run(command, capture_output=True, env=environment, timeout=timeout_s, stdin=subprocess.DEVNULL)
 
 
 def node(script: str, *arguments: str) -> bytes:
@@ -75,9 +89,7 @@ def node(script: str, *arguments: str) -> bytes:
 
 def browser() -> str:
     """A Chromium, or a skip."""
-    from tuning.candidates.page import find_browser
-
-    found = find_browser()
+    found = chromium.find_browser()
     if found is None:
-        pytest.skip("no Chromium on PATH (Debian: chromium)")
+        pytest.skip(f"no Chromium on PATH: {chromium.HOW_TO_GET_ONE}")
     return found

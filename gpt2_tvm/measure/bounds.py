@@ -44,7 +44,7 @@ def decode_step_bytes(config: GPT2Config, param_bytes: Mapping[str, int], cache_
     rows_only = {POSITIONS} if config.tie_word_embeddings else {POSITIONS, EMBEDDING}
     weights = sum(size for name, size in param_bytes.items() if name not in rows_only)
     cached = case.prompt_tokens + (case.generate_tokens + 1) / 2
-    a_token = 2 * config.n_layer * config.n_embd * _ITEM_BYTES[cache_dtype]
+    a_token = 2 * _channels(config) * _ITEM_BYTES[cache_dtype]
     return weights + case.batch * cached * a_token
 
 
@@ -61,8 +61,13 @@ def prefill_flops(config: GPT2Config, case: Case) -> int:
         if name.startswith("transformer.h.") and len(shape) == 2
     )
     pairs = n * (n + 1) // 2
-    sequence = 2 * n * matrices + 2 * config.vocab_size * width + 4 * config.n_layer * width * pairs
+    sequence = 2 * n * matrices + 2 * config.vocab_size * width + 4 * _channels(config) * pairs
     return case.batch * sequence
+
+
+def _channels(config: GPT2Config) -> int:
+    """Channels of the heads of all layers together: n_layer * n_embd, unless heads were pruned."""
+    return config.head_dim * sum(config.heads(layer) for layer in range(config.n_layer))
 
 
 @dataclass(frozen=True)

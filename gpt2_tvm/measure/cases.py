@@ -52,6 +52,21 @@ def cross(batches: Sequence[int], prompts: Sequence[int], generates: Sequence[in
     return [Case(*sizes) for sizes in product(batches, prompts, generates)]
 
 
+def check_runners(runners: Sequence[str], artifacts: Sequence[Artifact], cases: Sequence[Case]) -> None:
+    """Refuse ways to run webgpu artifacts that there are not, or that have nothing to run (UserError, one line)."""
+    known = {"wgpu": False, "node": False, "chromium": False, "browser": True}  # whether a port belongs to it
+    for runner in runners:
+        name, colon, port = runner.partition(":")
+        if name not in known or (bool(colon) and not (known[name] and port.isdigit())):
+            raise UserError(f"unknown --runner {runner!r}; choose wgpu, node, chromium or browser:PORT")
+        if name == "wgpu":
+            continue
+        if not any(artifact.kind == "webgpu" for artifact in artifacts):
+            raise UserError(f"--runner {runner} runs webgpu artifacts, and there is none here: compile --target webgpu")
+        if any(case.batch > 1 for case in cases):
+            raise UserError(f"--runner {runner} decodes one sequence at a time; leave out --batch")
+
+
 def check_fits(artifact: Artifact, cases: Sequence[Case]) -> None:
     """Refuse a case that this artifact's context or compiled batch sizes cannot hold (UserError, one line)."""
     capacity, most = artifact.max_seq_len, max(artifact.batch_sizes)

@@ -39,6 +39,8 @@ def check_peer(name: str, artifact: Artifact) -> None:
         raise UserError(f"--peer {name} needs {' and '.join(missing)}: pip install 'gpt2-tvm[reference]'")
     if artifact.kind not in _TORCH_DEVICES:
         raise UserError(f"--peer {name}: torch has no {artifact.kind} device to compare {artifact.path} on")
+    if artifact.config.pruned:
+        raise UserError(f"--peer {name}: {artifact.path} is pruned, and {name} has no such model; compare a whole one")
     expected = _expected(artifact.config)
     foreign = [r["name"] for _, r in stored_records(artifact) if r["dtype"] not in _FLOATS or r["name"] not in expected]
     if foreign:

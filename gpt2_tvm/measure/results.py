@@ -22,7 +22,7 @@ ROW_KEYS = (
     *("peak_rss_mb", "device", "date", "versions"),
 )
 # Added since: results written before have no such keys, and are read as if they said None.
-LATER_KEYS = ("threads", "load_seconds", "prefill_gflop_s", "bound_gflop_s", "bound_gflop_share")
+LATER_KEYS = ("threads", "load_seconds", "prefill_gflop_s", "bound_gflop_s", "bound_gflop_share", "runner")
 
 Row = dict[str, Any]
 
@@ -97,6 +97,7 @@ def make_row(
         "prefill_gflop_s": gflop_s,
         "bound_gflop_s": fma.gflop_s if fma else None,
         "bound_gflop_share": gflop_s / fma.gflop_s if fma else None,
+        "runner": facts.get("runner"),
     }
     return row if peer is None else {**row, "peer": peer}
 

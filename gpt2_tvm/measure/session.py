@@ -12,11 +12,12 @@ from typing import Any
 from gpt2_tvm.artifact import Artifact, open_artifact
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.measure import bounds, peers, results
-from gpt2_tvm.measure.cases import Case, check_fits
+from gpt2_tvm.measure.cases import Case, Sample, check_fits, check_runners
 from gpt2_tvm.measure.machine import MachineBounds, MachineSubject
 from gpt2_tvm.measure.noise import OtherLoad
 from gpt2_tvm.measure.subjects import EngineSubject
 from gpt2_tvm.measure.timing import Samples, Say, run_rounds
+from gpt2_tvm.measure.web_subject import WGPU, WebSubject
 from gpt2_tvm.measure.workers import Worker
 
 
@@ -30,6 +31,7 @@ class Session:
         repeats, warmups: rounds that are kept, and rounds before them that are not.
         peer: a name of `peers.PEERS`, or None.
         device, threads: as for `Engine`; peers and the machine's bounds get as many threads.
+        runners: what runs webgpu artifacts, each with a turn of its own: wgpu, node, chromium, browser:PORT.
 
     Construction makes every check that needs nothing loaded and raises UserError. `run` times; `result` is
     what is known so far, at any time.
@@ -42,12 +44,16 @@ class Session:
     peer: str | None = None
     device: str | None = None
     threads: int | None = None
+    runners: Sequence[str] = (WGPU,)
     complete: bool = False
     failures: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # contents are hashed by the process that loads them; sizes and the manifest are checked here
-        self._artifacts = [open_artifact(path, verify=False) for path in self.paths]
+        opened = [open_artifact(path, verify=False) for path in self.paths]
+        check_runners(self.runners, opened, self.cases)
+        ways = [(a, way) for a in opened for way in (self.runners if a.kind == "webgpu" else [None])]
+        self._artifacts, self._ways = [a for a, _ in ways], [way for _, way in ways]
         for artifact in self._artifacts:
             check_fits(artifact, self.cases)
             if self.peer is not None:
@@ -65,6 +71,11 @@ class Session:
     def turns(self) -> int:
         """How many turns `run` will take."""
         return (self.warmups + self.repeats) * len(self.cases) * (len(self._artifacts) + len(self._peer_keys()))
+
+    def samples(self, index: int, case: Case) -> Sequence[Sample]:
+        """What was kept of a case by now, for `paths[index]`, a sample a round; with a peer or several
+        runners in the run use `result`."""
+        return self._samples.get((index, case), [])
 
     def run(self, say: Say = lambda what, turns: None) -> None:
         """Load everything, then time it. say: called with what comes next, and how many turns are done.
@@ -113,9 +124,13 @@ class Session:
         return keys
 
     def _start(self, stack: ExitStack, say: Say) -> None:
-        for artifact in self._artifacts:
-            say(f"loading {artifact.path}", 0)
-            worker = Worker(str(artifact.path), EngineSubject, str(artifact.path), self.device, self.threads)
+        for artifact, way in zip(self._artifacts, self._ways, strict=True):
+            path, label = str(artifact.path), f"{artifact.path}{f' in {way}' if way not in (None, WGPU) else ''}"
+            say(f"loading {label}", 0)
+            if way in (None, WGPU):
+                worker = Worker(label, EngineSubject, path, self.device, self.threads)
+            else:
+                worker = Worker(label, WebSubject, path, way)
             self._workers.append(worker)
             self._sources.append((artifact, None))
             worker.ready()  # one after another: how long each takes to load is measured

@@ -55,22 +55,26 @@ class EngineSubject:
             start = time.perf_counter()
             return Engine(path, device, threads=threads), time.perf_counter() - start
 
-        self._engine, load_seconds = load()
-        if self._engine.artifact.kind == "cpu":  # elsewhere a second one might not fit the device's memory
-            self._engine, load_seconds = load()
+        self.engine, load_seconds = load()
+        if self.engine.artifact.kind == "cpu":  # elsewhere a second one might not fit the device's memory
+            self.engine, load_seconds = load()
         self._prompts: dict[Case, np.ndarray] = {}
         self.facts = {
-            "device": self._engine.runner.device_name,
-            "threads": self._engine.threads,
+            "device": self.engine.runner.device_name,
+            "threads": self.engine.threads,
+            "runner": "wgpu" if self.engine.artifact.kind == "webgpu" else None,
             "load_seconds": load_seconds,
             "versions": versions(),
         }
 
-    def turn(self, case: Case) -> Sample:
-        engine = self._engine
+    def prompt(self, case: Case) -> np.ndarray:
+        """`prompt_of`, kept."""
         if case not in self._prompts:
-            self._prompts[case] = prompt_of(engine.artifact, case)
-        ids = self._prompts[case]
+            self._prompts[case] = prompt_of(self.engine.artifact, case)
+        return self._prompts[case]
+
+    def turn(self, case: Case) -> Sample:
+        engine, ids = self.engine, self.prompt(case)
         # One token untimed: threads that slept while the others had their turn wake up here.
         engine.reset()
         engine.prefill(ids[:, :1])

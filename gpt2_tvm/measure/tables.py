@@ -81,7 +81,8 @@ def share(row: Row, key: str = "bound_share") -> str:
 
 def engine_name(row: Row) -> str:
     """Who ran: the peer, or our rules."""
-    return str(row["peer"]) if row.get("peer") else f"gpt2-tvm ({row['rules']})"
+    where = f" in {row['runner']}" if row.get("runner") else ""
+    return str(row["peer"]) if row.get("peer") else f"gpt2-tvm{where} ({row['rules']})"
 
 
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
@@ -110,7 +111,9 @@ def _markdown(result: dict[str, Any]) -> str:
     text = markdown_table([name for name, _ in _COLUMNS], [[cell(r) for _, cell in _COLUMNS] for r in rows], 4)
     repeats = sorted({row["repeats"] for row in rows})
     threads = sorted({row["threads"] for row in rows if row.get("threads")})
-    on = f"{rows[0]['device']}" + (f", {' to '.join(map(str, threads))} threads" if threads else "")
+    on = " and ".join(dict.fromkeys(str(row["device"]) for row in rows)) + (
+        f", {' to '.join(map(str, threads))} threads" if threads else ""
+    )
     text += f"\nMedian ± standard deviation of {' to '.join(map(str, repeats))} repeats on {on}.\n"
     for bound in result["bounds"]:
         what, unit, key = ("Bandwidth", "GB/s", "gb_s") if "gb_s" in bound else ("Arithmetic", "GFLOP/s", "gflop_s")

@@ -104,7 +104,8 @@ def _serve(connection: Connection, factory: Callable[..., Any], arguments: tuple
         subject = factory(*arguments)
         connection.send(("ready", subject.facts))
         while (case := connection.recv()) is not None:
-            connection.send(("done", replace(subject.turn(case), peak_rss_mb=peak_rss_mb())))
+            sample = subject.turn(case)  # of a subject in another process, with that one's memory
+            connection.send(("done", replace(sample, peak_rss_mb=sample.peak_rss_mb or peak_rss_mb())))
     except (EOFError, BrokenPipeError):
         pass
     except Exception as error:

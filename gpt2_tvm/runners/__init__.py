@@ -9,7 +9,8 @@ from gpt2_tvm.runners.base import Runner
 
 def make_runner(artifact: Artifact, device: str | None = None, threads: int | None = None) -> Runner:
     """The runner for an artifact's kind: TVM's virtual machine, for WGSL the executor on wgpu, or for a
-    device written rpc://... the same on another machine (`runners.rpc`).
+    device written rpc://... the same on another machine (`runners.rpc`); for node, chromium or browser:PORT the web
+    runtime (`runners.web`).
 
     threads: of a CPU (`runners.threads`); UserError for another kind.
     """
@@ -19,6 +20,10 @@ def make_runner(artifact: Artifact, device: str | None = None, threads: int | No
         from gpt2_tvm.runners.rpc import RpcRunner
 
         return RpcRunner(artifact, device, threads)
+    if device is not None and device.partition(":")[0] in ("node", "chromium", "browser"):
+        from gpt2_tvm.runners.web import WebRunner
+
+        return WebRunner(artifact, device)
     if artifact.kind == "webgpu":
         from gpt2_tvm.runners.wgpu import WgpuRunner
 

@@ -71,7 +71,7 @@ class RpcRunner:
             if threads is not None:
                 self._session.function("runtime.config_threadpool")(1, threads)  # 1: big cores first, TVM's default
             self.threads = self._threads() if artifact.kind == "cpu" else None
-            self.device_name = f"{_device_name(self._session, self._device, artifact.kind)} at {address}"
+            self.device_name = f"{device_name(self._session, self._device, artifact.kind)} at {address}"
         with self._calling("uploading"):
             library = self._session.upload(artifact.library, _digest(artifact, artifact.library.name))
         self._vm = self._load(library, VirtualMachine)
@@ -222,7 +222,8 @@ def _check_device(session: Session, device: Any, artifact: Artifact) -> None:
         )
 
 
-def _device_name(session: Session, device: Any, kind: str) -> str:
+def device_name(session: Session, device: Any, kind: str) -> str:
+    """What the worker behind `session` calls its device; "a CPU" where it does not tell."""
     if kind != "cpu":
         return str(getattr(device, "device_name", kind))
     return session.cpu_name() or "a CPU"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import platform
 from collections.abc import Sequence
+from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from gpt2_tvm.artifact import Artifact
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.runners.base import Handle
+from gpt2_tvm.runners.cuda_graph import PREFIX, CudaDriver, StepGraphs
 from gpt2_tvm.runners.threads import check_threads, prepare_pools, use_threads
 from gpt2_tvm.tensor_cache import load_tensors
 
@@ -21,7 +23,10 @@ UNTOUCHED_ELEMENTS = 1 << 18  # from here on a tensor is worth a mapping of its 
 
 
 class VmRunner:
-    """See `runners.base.Runner`. threads: as for `Engine`."""
+    """See `runners.base.Runner`. threads: as for `Engine`.
+
+    graphs: the steps that run as CUDA graphs, where the artifact has any; `graphs.enabled = False` runs them plain.
+    """
 
     def __init__(self, artifact: Artifact, device: str | None = None, threads: int | None = None) -> None:
         import tvm
@@ -29,9 +34,12 @@ class VmRunner:
 
         self.device = _device(artifact, device)
         self.threads = _pool(threads) if artifact.kind == "cpu" else None
+        self._graphed = frozenset(artifact.manifest.get("cuda_graph") or ())
+        self.graphs = StepGraphs(CudaDriver(self.device)) if self._graphed else None
         try:
             library = tvm.runtime.load_module(str(artifact.library))
-            self._vm = VirtualMachine(library, self.device)
+            with self.graphs.builtins() if self.graphs else nullcontext():
+                self._vm = VirtualMachine(library, self.device)
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
@@ -61,6 +69,12 @@ class VmRunner:
     def call(self, function: str, inputs: Sequence[Handle | Sequence[Handle]], with_params: bool = True) -> Any:
         if self.threads is not None:  # pools are a calling thread's own, and another engine may have set this one
             use_threads(self.threads)
+        if self.graphs and self.graphs.enabled and function in self._graphed:
+            name = PREFIX + function
+            return self.graphs.call(name, inputs, lambda: self._call(name, inputs, with_params))
+        return self._call(function, inputs, with_params)
+
+    def _call(self, function: str, inputs: Sequence[Handle | Sequence[Handle]], with_params: bool) -> Any:
         if function not in self._functions:
             self._functions[function] = self._vm[function]
         arguments = [self._tuple(x) if isinstance(x, list) else x for x in inputs]

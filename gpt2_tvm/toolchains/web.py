@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from targets import DeviceTarget
 
 MODULE = "model.wasm"
-HOST = {"kind": "llvm", "mtriple": "wasm32-unknown-unknown-wasm"}
+HOST = {"kind": "llvm", "mtriple": "wasm32-unknown-unknown-wasm", "vector-width": 128}
 # -O1: a link takes two seconds and gives 6 MB; -O3 takes 80 s and gives 4 MB. What is compiled is optimised either way.
 LINK = (
     "-O1",
@@ -72,16 +72,27 @@ def write_module(module: Any, target: DeviceTarget, folder: Path, note: Say) -> 
     """
     import tvm
 
+    from gpt2_tvm.schedules.webgpu_pipeline import pipeline_name
+
     try:
         runtime = runtime_objects(note)
         where = wasm_target(target)
         with where:
-            executable = tvm.compile(module, target=where, relax_pipeline=None, tir_pipeline=None)
+            executable = tvm.compile(module, target=where, relax_pipeline=None, tir_pipeline=pipeline_name(where))
         export(executable, folder / MODULE, runtime=runtime)
     except UserError as error:
         note(f"no {MODULE}, so this artifact runs through wgpu and not in a page: {error}")
         return []
     return [MODULE]
+
+
+def manifest(target: DeviceTarget, folder: Path, capacity: int) -> dict[str, Any]:
+    """What a webgpu artifact's manifest says besides: "webgpu", see `web_needs.device_needs`. Empty for other kinds."""
+    if target.kind != "webgpu":
+        return {}
+    from gpt2_tvm.toolchains.web_needs import device_needs
+
+    return {"webgpu": device_needs(folder, capacity)}
 
 
 def js_runtime() -> Path:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,43 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_tvm.errors import UserError
+from gpt2_tvm.runners import chromium
+from gpt2_tvm.runners.guard import STOP_S
 from gpt2_tvm.toolchains import web
-from tuning.candidates.page_server import STOP_S
 
 KEY = "page"  # of web/rpc/page.js
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
-FLAGS = (
-    "--headless=new",
-    "--enable-unsafe-webgpu",  # without it a headless browser on Linux offers no adapter
-    "--disable-quic",
-    "--no-first-run",
-    "--no-default-browser-check",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--enable-logging=stderr",
-)
-SOFTWARE = "--use-webgpu-adapter=swiftshader"
 PAGE_S = 30.0  # a browser starts, or a page loads again
-
-
-def find_browser() -> str | None:
-    """The browser that CHROMIUM names, or one of the usual names on PATH; None where there is none."""
-    for name in (os.environ.get("CHROMIUM"), *BROWSERS):
-        if name and (path := shutil.which(name)):
-            return path
-    return None
-
-
-def require_browser() -> str:
-    """`find_browser`, or a UserError that says how to get one."""
-    browser = find_browser()
-    if browser is None:
-        raise UserError(
-            "no Chromium on PATH: install it (Debian: sudo apt-get install chromium), name it in CHROMIUM, or give "
-            "--page-port and open the page in a browser of yours"
-        )
-    return browser
+ELSE = ", or give --page-port and open the page in a browser of yours"
 
 
 class Page:
@@ -74,7 +42,7 @@ class Page:
             "wait_s": PAGE_S,
             "index": str(root / "index.html"),
             "files": [("/", str(web.js_runtime())), ("/", str(root / "page.js"))],
-            "browser": self._command(browser) if browser else None,
+            "browser": chromium.command(browser, self.folder / "profile", self.address) if browser else None,
             "log": str(self.log),
             "folder": str(self.folder),
         }
@@ -87,12 +55,6 @@ class Page:
         if self.server.stdout.readline().strip() != b"ready":
             self.close()
             raise UserError(f"TVM's RPC proxy did not start; is port {self.port} taken? Choose another --page-port")
-
-    def _command(self, browser: str) -> list[str]:
-        flags = [*FLAGS, *os.environ.get("GPT2_TVM_CHROMIUM_FLAGS", SOFTWARE if _no_gpu() else "").split()]
-        if hasattr(os, "geteuid") and os.geteuid() == 0:
-            flags.append("--no-sandbox")  # Chromium's sandbox refuses root
-        return [browser, *flags, f"--user-data-dir={self.folder / 'profile'}", self.address]
 
     def connect(self, module: bytes) -> Any:
         """A TVM RPC session in a fresh load of the page, which instantiates `module`.
@@ -125,11 +87,6 @@ class Page:
             self.server.kill()
 
 
-def _no_gpu() -> bool:
-    """Whether this Linux machine has no GPU device: Chromium then has to be told to use its own software device."""
-    return os.name == "posix" and Path("/proc").is_dir() and not any(Path("/dev/dri").glob("renderD*"))
-
-
 def leave(session: Any) -> None:
     """End a session while objects of it are still held, an exception's traceback among them."""
     with suppress(RuntimeError, AttributeError):  # it has ended already
@@ -154,7 +111,7 @@ def browser_arguments(port: int | None, say: Any) -> tuple[int | None, str | Non
     if find_spec("tornado") is None:
         raise UserError("TVM's RPC proxy needs tornado; run: pip install tornado")
     web.js_runtime()
-    browser = require_browser() if port is None else None
+    browser = chromium.require_browser(ELSE) if port is None else None
     runtime_objects(say)
     if port is not None:
         say(f"open http://127.0.0.1:{port}/ in the browser that is to measure, and leave the page in front")

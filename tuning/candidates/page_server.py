@@ -10,10 +10,9 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
-STOP_S = 5.0
+from gpt2_tvm.runners.guard import end
 
 
 def main() -> None:
@@ -40,12 +39,7 @@ def main() -> None:
     print("ready", flush=True)
     sys.stdin.read()
     if browser is not None:
-        browser.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            browser.wait(STOP_S)
-        if browser.poll() is None:
-            browser.kill()
-            browser.wait()
+        end(browser)
     shutil.rmtree(asked["folder"], ignore_errors=True)
     os._exit(0)  # the proxy's thread never ends by itself
 

@@ -120,7 +120,7 @@ def time_functions(
     for call in calls:
         prompt = prompt_of(engine.artifact, Case(batches[call], length, 1))
         recorded = _record(engine, call, prompt)
-        rounds = _rounds(_timer(engine, recorded), wanted[call], call, times)
+        rounds = _rounds(make_timer(engine, recorded), wanted[call], call, times)
         for function, (mean, sd, count) in rounds.items():
             key = function if len(calls) == 1 else f"{call}:{function}"
             times[key] = FunctionTime(function, call, mean, sd, count)
@@ -149,12 +149,13 @@ def _record(engine: Any, call: str, prompt: np.ndarray) -> Call:
     return next(one for one in reversed(seen) if one.function == call)
 
 
-def _timer(engine: Any, call: Call) -> Timer:
+def make_timer(engine: Any, call: Call) -> Timer:
+    """What times the functions inside `call` of an engine on this machine."""
     names = {row["name"] for row in engine.artifact.manifest["functions"]}
     if engine.artifact.kind == "webgpu":
-        from tuning.measure.shaders import ShaderTimer
+        from tuning.measure.shaders import PageTimer, ShaderTimer
 
-        return ShaderTimer(engine.runner, call)
+        return (PageTimer if hasattr(engine.runner, "agent") else ShaderTimer)(engine.runner, call)
     from tuning.measure.replay import ReplayTimer
 
     return ReplayTimer(engine, call, names)

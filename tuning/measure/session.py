@@ -2,7 +2,7 @@
 
 Here the clock is read around the engine's calls. Through RPC a call's round trip would count as the device's time, and
 a token has one; there the worker times its own calls instead (`runners.rpc.RpcRunner.seconds`): the same functions on
-the same tensors, without uploading the prompt and reading back logits and tokens.
+the same tensors, without uploading the prompt and reading back logits and tokens. A page, or node, times its own loop.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ def turn(engine: Any, prompt: np.ndarray, generate: int) -> Turn:
     time, untimed, for the tokens.
     """
     engine.reset()
+    if hasattr(engine.runner, "agent"):
+        prefill_s, decode_s, tokens = engine.runner.turn(prompt[0], generate)
+        return Turn(prefill_s, decode_s, np.asarray([tokens], np.int32), "worker")
     if hasattr(engine.runner, "seconds"):
         return _by_worker(engine, prompt, generate)
     engine.runner.sync()

@@ -11,6 +11,7 @@ from tuning.measure.functions import Timed
 from tuning.static.resources import function_of
 
 if TYPE_CHECKING:
+    from gpt2_tvm.runners.web import WebRunner
     from gpt2_tvm.runners.wgpu import WgpuRunner
 
 
@@ -48,6 +49,21 @@ class ShaderTimer:
         self._device.submit(launches)
         self._device.wait()
         return (time.perf_counter() - start) * 1e6
+
+
+class PageTimer:
+    """See `functions.Timer`: a page's or node's kernels, by the device's timestamps."""
+
+    method = "the device's timestamps around each kernel"
+    overhead_us = 0.0
+
+    def __init__(self, runner: WebRunner, call: Call) -> None:
+        self._runner, self._call = runner, call
+
+    def round(self) -> Timed:
+        """See `functions.Timer`; whole by the page's clock."""
+        kernels, whole_us = self._runner.kernels(self._call.function, self._call.inputs)
+        return Timed(_merged([function_of(name) for name, _ in kernels], [us for _, us in kernels]), whole_us)
 
 
 def _merged(functions: list[str], times: list[float]) -> list[tuple[str, float]]:

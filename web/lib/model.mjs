@@ -1,125 +1,283 @@
-// An artifact in TVM's web runtime: its module, parameters and KV caches.
+// An artifact in TVM's web runtime: its module, parameters and KV cache, for one sequence.
 
+import { Files } from "./files.mjs";
+import { Gpu, parseKernels } from "./gpu.mjs";
+
+const MODULE = "model.wasm";
+const KERNELS = "kernels.json";
 const INDEX = "params/tensor-cache.json";
+const [TOKEN, HISTORY] = [0, 2]; // inputs of greedy_b1: token, position, history, active
 
-// `read` with every file's size and sha256 compared with the manifest's. Throws where they differ.
-export function checked(read, manifest) {
-  return async (name) => {
-    const bytes = await read(name);
-    const known = manifest.files[name];
-    if (known === undefined) throw new Error(`${name} is not in the manifest`);
-    const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
-    const hex = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
-    if (hex !== known.sha256) throw new Error(`${name} is damaged: load it again`);
-    return bytes;
-  };
+export { FileError, Files, fetchFrom } from "./files.mjs";
+export { DeviceLost, Gpu, Unsupported } from "./gpu.mjs";
+
+function argmax(values) {
+  let best = 0;
+  for (let i = 1; i < values.length; ++i) if (values[i] > values[best]) best = i;
+  return best;
 }
 
 export class Model {
-  // source(name): a file of the artifact as an ArrayBuffer, or a promise of one. Throws for a damaged file, and where
-  // there is no WebGPU adapter.
-  static async load(tvmjs, source) {
-    const json = (bytes) => JSON.parse(new TextDecoder().decode(bytes));
-    const manifest = json(await source("manifest.json"));
-    if (manifest.files["model.wasm"] === undefined) throw new Error("the artifact has no model.wasm: compile it with emcc");
-    const read = checked(source, manifest);
-    const [kernels, index] = [json(await read("kernels.json")), json(await read(INDEX))];
-    const tvm = await tvmjs.instantiate(await read("model.wasm"), tvmjs.createPolyfillWASI(), () => {});
-    const gpu = await tvmjs.detectGPUDevice();
-    const model = new Model(tvm, gpu, manifest, kernels);
-    await model.#fill(read, index);
-    return model;
+  // tvmjs: npm's @mlc-ai/web-runtime. read: see Files. onProgress({stage, done, total}): stage "files" counts bytes,
+  // "shaders" the pipelines that are ready; the two go on together. timestamps: see Gpu.open.
+  // Throws FileError, Unsupported or DeviceLost; nothing is kept on the device then.
+  static async load(tvmjs, read, { onProgress = () => {}, timestamps = false } = {}) {
+    const files = await Files.open(read);
+    const { manifest } = files;
+    if (!files.has(MODULE)) throw new Error(`this artifact has no ${MODULE}: compile it where emcc is installed`);
+    if (!manifest.batch_sizes.includes(1)) throw new Error("this artifact has no batch of 1: compile it with --batch-sizes 1");
+    const gpu = await Gpu.open(manifest.webgpu, { timestamps });
+    let model;
+    try {
+      const kernels = await files.json(KERNELS);
+      // other versions of some kernels, for adapters like this one; the last that fits wins
+      const variants = (kernels.variants ?? []).filter(({ requires }) => gpu.meets(requires)).map(({ file }) => file);
+      const names = Object.keys(manifest.files).filter((name) => name.startsWith("params/"));
+      const total = files.size([MODULE, ...variants, ...names]);
+      let done = 0;
+      const onBytes = (count) => onProgress({ stage: "files", done: (done += count), total });
+      for (const file of variants) {
+        gpu.replaceKernels(parseKernels(new TextDecoder().decode(await files.read(file, onBytes))));
+      }
+      const module = await files.read(MODULE, onBytes);
+      const tvm = await tvmjs.instantiate(module, tvmjs.createPolyfillWASI(), () => {});
+      model = new Model(tvm, gpu, manifest, kernels);
+      await gpu.until(model.#fill(files, onBytes, onProgress));
+      return model;
+    } catch (error) {
+      (model ?? gpu).dispose();
+      throw gpu.lost ?? error;
+    }
   }
+
+  #busy = false;
+  #functions = {};
+  #state;
 
   constructor(tvm, gpu, manifest, kernels) {
     this.tvm = tvm;
-    this.adapter = gpu.adapterInfo;
-    this.faults = [];
-    gpu.device.addEventListener("uncapturederror", (event) => this.faults.push(event.error.message));
+    this.gpu = gpu;
     this.manifest = manifest;
     this.kernels = kernels;
-    this.position = 0;
+    this.capacity = manifest.max_seq_len; // tokens that the cache holds
+    this.vocabulary = manifest.config.vocab_size;
+    this.position = 0; // tokens in the cache
+    this.next = null; // the most likely token after them, once logits were made
     tvm.initWebGPU(gpu.device);
     this.device = tvm.webgpu();
   }
 
-  async #fill(read, index) {
-    const { tvm, device } = this;
-    tvm.beginScope();
-    this.vm = tvm.detachFromCurrentScope(tvm.createVirtualMachine(device));
-    await tvm.asyncLoadWebGPUPipelines(this.vm.getInternalModule());
-    const tensors = new Map();
-    for (const shard of index.records) {
-      const bytes = new Uint8Array(await read("params/" + shard.dataPath));
-      for (const record of shard.records) {
-        const tensor = tvm.empty(record.shape, record.dtype, device);
-        tensor.copyFromRawBytes(bytes.subarray(record.byteOffset, record.byteOffset + record.nbytes));
-        tensors.set(record.name, tensor);
-      }
-      await device.sync();
-    }
-    const params = this.manifest.params.map((name) => tensors.get(name));
-    this.params = tvm.detachFromCurrentScope(tvm.makeTVMArray(params));
+  async #fill(files, onBytes, onProgress) {
+    const { tvm } = this;
+    this.vm = this.#scope(() => tvm.detachFromCurrentScope(tvm.createVirtualMachine(this.device)));
+    tvm.registerInitProgressCallback((report) => onProgress({ stage: "shaders", done: report.progress, total: 1 }));
+    const shaders = tvm.asyncLoadWebGPUPipelines(this.vm.getInternalModule());
+    shaders.catch(() => {}); // awaited below, after the weights
+    this.params = await this.#weights(files, onBytes);
     const inputs = this.kernels.functions.greedy_b1.inputs;
-    const caches = inputs.find(Array.isArray).map(({ shape, dtype }) => tvm.empty(shape, dtype, device));
-    this.caches = tvm.detachFromCurrentScope(tvm.makeTVMArray(caches));
-    this.functions = {};
-    tvm.endScope();
+    this.#scope(() => {
+      const empty = ({ shape, dtype }) => tvm.empty(shape, dtype, this.device);
+      this.caches = tvm.detachFromCurrentScope(tvm.makeTVMArray(inputs.find(Array.isArray).map(empty)));
+      this.#state = inputs.filter((input) => !Array.isArray(input)).map((input) => tvm.detachFromCurrentScope(empty(input)));
+    });
+    await shaders;
+    await this.device.sync();
   }
 
-  #function(name) {
-    this.functions[name] ??= this.tvm.detachFromCurrentScope(this.vm.getFunction(name));
-    return this.functions[name];
+  async #weights(files, onBytes) {
+    const { tvm, device, manifest } = this;
+    const tensors = new Map();
+    const { records: shards } = await files.json(INDEX, onBytes);
+    const read = (k) => (k < shards.length ? files.read(`params/${shards[k].dataPath}`, onBytes) : Promise.resolve(null));
+    let coming = read(0);
+    for (let k = 0; k < shards.length; ++k) {
+      const bytes = new Uint8Array(await coming);
+      coming = read(k + 1); // while this one is copied
+      coming.catch(() => {});
+      this.#scope(() => {
+        for (const { name, shape, dtype, byteOffset, nbytes } of shards[k].records) {
+          const tensor = tvm.detachFromCurrentScope(tvm.empty(shape, dtype, device));
+          tensor.copyFromRawBytes(bytes.subarray(byteOffset, byteOffset + nbytes));
+          tensors.set(name, tensor);
+        }
+      });
+      await device.sync();
+    }
+    return this.#scope(() => {
+      const params = tvm.detachFromCurrentScope(tvm.makeTVMArray(manifest.params.map((name) => tensors.get(name))));
+      for (const tensor of tensors.values()) tensor.dispose(); // the array holds them
+      return params;
+    });
+  }
+
+  // Synchronous work whose temporary objects go away at its end.
+  #scope(action) {
+    this.tvm.beginScope();
+    try {
+      return action();
+    } finally {
+      this.tvm.endScope();
+    }
+  }
+
+  // An exported function; it stays loaded.
+  function(name) {
+    return (this.#functions[name] ??= this.#scope(() => this.tvm.detachFromCurrentScope(this.vm.getFunction(name))));
   }
 
   #int(values, shape) {
     return this.tvm.empty(shape, "int32", this.device).copyFrom(Int32Array.from(values));
   }
 
-  // Append a prompt -> the most likely next token.
-  async prefill(ids) {
-    const { tvm, device } = this;
-    tvm.beginScope();
-    const at = [this.#int([this.position], [1]), this.#int([ids.length], [1])];
-    const logits = this.#function("prefill")(this.#int(ids, [1, ids.length]), ...at, this.caches, this.params);
-    const host = tvm.empty(logits.shape, logits.dtype, tvm.cpu()).copyFrom(logits);
-    await device.sync();
-    const values = host.toArray();
-    tvm.endScope();
-    this.#check();
-    this.position += ids.length;
-    return values.reduce((best, value, i) => (value > values[best] ? i : best), 0);
-  }
-
-  // `count` tokens after a prompt, each the most likely one. The loop stays on the device: one read-back at the end.
-  async greedy(prompt, count) {
-    const { tvm, device } = this;
-    const first = await this.prefill(prompt);
-    const begin = this.position;
-    tvm.beginScope();
-    const capacity = this.manifest.max_seq_len;
-    const state = [
-      this.#int([first], [1, 1]),
-      this.#int([begin], [1]),
-      this.#int(new Int32Array(capacity), [1, capacity]),
-      this.#int([1], [1]),
-    ];
-    const step = this.#function("greedy_b1");
-    for (let i = 1; i < count; ++i) {
-      tvm.beginScope();
-      step(...state, this.caches, this.params);
-      tvm.endScope();
+  // Runs `action`, one at a time. Throws DeviceLost, and what WebGPU reports.
+  async #alone(action) {
+    this.#enter();
+    try {
+      return await this.gpu.until(action());
+    } finally {
+      this.#busy = false;
     }
-    const host = tvm.empty([1, capacity], "int32", tvm.cpu()).copyFrom(state[2]);
-    await device.sync();
-    const seen = Array.from(host.toArray());
-    tvm.endScope();
-    this.#check();
-    this.position += count - 1;
-    return [first, ...seen.slice(begin + 1, begin + count)];
   }
 
-  #check() {
-    if (this.faults.length) throw new Error(this.faults[0]);
+  #enter() {
+    this.gpu.check();
+    if (this.#busy) throw new Error("the model is busy with another text");
+    this.#busy = true;
+  }
+
+  #room(count) {
+    if (this.position + count > this.capacity) {
+      const total = this.position + count;
+      throw new Error(`the text would be ${total} tokens long, this model holds ${this.capacity}: start anew, or write less`);
+    }
+  }
+
+  reset() {
+    this.rewind(0);
+  }
+
+  // Forget all but the first `position` tokens.
+  rewind(position) {
+    if (!(position >= 0 && position <= this.position)) throw new Error(`cannot go back to ${position}`);
+    this.position = position;
+    this.next = null;
+  }
+
+  // Append a prompt -> a Float32Array, the logits after its last token.
+  prefill(ids) {
+    return this.#logits("prefill", ids);
+  }
+
+  // Append one token -> a Float32Array, the logits after it.
+  decode(id) {
+    return this.#logits("decode_b1", [id]);
+  }
+
+  #logits(name, ids) {
+    const wrong = ids.find((id) => !Number.isInteger(id) || id < 0 || id >= this.vocabulary);
+    if (ids.length === 0) throw new Error("the prompt is empty");
+    if (wrong !== undefined) throw new Error(`token ${wrong} is outside the vocabulary of ${this.vocabulary}`);
+    this.#room(ids.length);
+    return this.#alone(async () => {
+      const host = this.#scope(() => {
+        const at = [this.#int([this.position], [1]), this.#int([ids.length], [1])];
+        return this.#fetch(this.function(name)(this.#int(ids, [1, ids.length]), ...at, this.caches, this.params));
+      });
+      await this.device.sync();
+      const values = host.toArray();
+      host.dispose();
+      this.position += ids.length;
+      this.next = argmax(values);
+      return values;
+    });
+  }
+
+  // The most likely tokens, each appended, `count` of them as they come. The step after a token is under way before the
+  // token is handed out, and what comes back from the device is that token alone. Left early, exactly the tokens that
+  // were handed out are appended.
+  async *greedy(count) {
+    this.#begin(count);
+    let [token, coming] = [this.next, null];
+    try {
+      for (let k = 0; k < count; ++k) {
+        const found = coming;
+        coming = this.#step(); // appends this token and finds the next
+        if (found !== null) token = await this.gpu.until(found);
+        this.position += 1;
+        this.next = null;
+        yield token;
+      }
+      if (coming !== null) this.next = await this.gpu.until(coming);
+    } finally {
+      if (this.next === null && coming !== null) this.next = await coming.catch(() => null); // left early, or lost
+      this.#busy = false;
+    }
+  }
+
+  // The same tokens in one read-back at the end: what the device can do when nobody looks.
+  async greedyAll(count) {
+    this.#begin(count);
+    try {
+      const [first, begin] = [this.next, this.position];
+      for (let k = 0; k < count; ++k) this.#launch();
+      const hosts = [this.#fetch(this.#state[TOKEN]), this.#fetch(this.#state[HISTORY])];
+      await this.gpu.until(this.device.sync());
+      const [[next], seen] = hosts.map((host) => host.toArray());
+      for (const host of hosts) host.dispose();
+      this.position += count;
+      this.next = next;
+      return count > 0 ? [first, ...seen.slice(begin + 1, begin + count)] : [];
+    } finally {
+      this.#busy = false;
+    }
+  }
+
+  // The kernels of decode(id), `count` times in a row at the same place; nothing comes back and nothing is appended.
+  decodeAgain(id, count) {
+    this.#room(1);
+    return this.#alone(async () => {
+      this.#scope(() => {
+        const inputs = [this.#int([id], [1, 1]), this.#int([this.position], [1]), this.#int([1], [1])];
+        for (let k = 0; k < count; ++k) this.#scope(() => this.function("decode_b1")(...inputs, this.caches, this.params));
+      });
+      await this.device.sync();
+    });
+  }
+
+  #begin(count) {
+    if (this.next === null) throw new Error("no token to begin with: call prefill or decode first");
+    this.#room(count);
+    this.#enter();
+    const values = [[this.next], [this.position], new Int32Array(this.capacity), [1]];
+    this.#scope(() => this.#state.forEach((tensor, i) => tensor.copyFrom(Int32Array.from(values[i]))));
+  }
+
+  #launch() {
+    this.#scope(() => this.function("greedy_b1")(...this.#state, this.caches, this.params));
+  }
+
+  // A copy on the host, there after the next sync.
+  #fetch(tensor) {
+    const { tvm } = this;
+    return this.#scope(() => tvm.detachFromCurrentScope(tvm.empty(tensor.shape, tensor.dtype, tvm.cpu())).copyFrom(tensor));
+  }
+
+  // One greedy step -> a promise of the token that it finds. It waits for this step alone, not for later ones.
+  #step() {
+    this.#launch();
+    const host = this.#fetch(this.#state[TOKEN]);
+    const read = this.device.sync().then(() => {
+      const [id] = host.toArray();
+      host.dispose();
+      return id;
+    });
+    read.catch(() => {}); // whoever waits is told
+    return read;
+  }
+
+  // Free the device. The model is of no use afterwards.
+  dispose() {
+    if (!this.gpu.lost) this.tvm.dispose(); // TVM's runtime does it by itself when the device is lost
+    this.gpu.dispose();
   }
 }

@@ -11,11 +11,13 @@ demo: setup-demo
 	@$(PY) -m gpt2_tvm.demo
 
 test: lint
+	@echo "==> TVM's web runtime, once a machine"
+	@$(PY) -m gpt2_tvm.toolchains.webruntime || true  # its tests say what is missing
 	@echo "==> tests: quick ones first, heavy ones last"
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n 2 --dist loadfile
 
 quick: lint
-	@$(PY) -m pytest -m "not heavy"
+	@$(PY) -m pytest -n 2 --dist loadfile -m "not heavy"
 
 lint: setup-test
 	@echo "==> formatting, lint and types"

@@ -84,7 +84,7 @@ def build_layer(layer: Layer, rows: int, scheme: Any, target: Any) -> Any:
 
     from gpt2_tvm.build import weight_layout
     from gpt2_tvm.passes.apply_rules import apply_rules
-    from gpt2_tvm.pipeline import FUSE
+    from gpt2_tvm.pipeline import PLAIN
     from gpt2_tvm.quantization.layers import Linear, Matrix
     from gpt2_tvm.schedules.cpu_matmul import GEMV_ROWS
     from gpt2_tvm.schedules.registry import make_rules
@@ -105,7 +105,7 @@ def build_layer(layer: Layer, rows: int, scheme: Any, target: Any) -> Any:
     spec = {"forward": {k: nn.spec.Tensor(s, scheme.compute_dtype) for k, s in shapes.items()}}
     mod, _ = Wrapped().export_tvm(spec)
     with target.tvm_target():
-        mod = tvm.transform.Sequential([make() for make in FUSE])(mod)
+        mod = tvm.transform.Sequential([make() for make in PLAIN])(mod)
     (func,) = [f for _, f in mod.functions_items() if isinstance(f, tirx.PrimFunc)]
     mod = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
     scheduled, hits = apply_rules(mod, make_rules(target.rules, target), target.tvm_target())

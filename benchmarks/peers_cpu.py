@@ -56,8 +56,6 @@ def main(
     from peers.report import render
     from peers.run import Run
 
-    from gpt2_tvm.benchmark import _check_writable as check_writable
-    from gpt2_tvm.benchmark import _progress as progress
     from gpt2_tvm.checkpoint import resolve_model
     from gpt2_tvm.measure.cases import cross, parse_sizes
     from gpt2_tvm.runners.threads import physical_cores
@@ -65,8 +63,10 @@ def main(
     chosen = choose(_names(engines), _names(schemes))
     cases = cross(sorted(parse_sizes("--batch", batch)), (prompt_tokens,), (generate,))
     if json_file is not None:
-        check_writable(json_file)
+        cli.check_writable("--json", json_file)
     source = resolve_model(model, seed)
+    if source.config.pruned:
+        raise UserError(f"{source.name} is pruned, which no other engine runs; compare a whole model")
     if prompt_tokens + generate > source.config.n_positions:
         raise UserError(
             f"--prompt-tokens {prompt_tokens} and --generate {generate} make {prompt_tokens + generate} tokens, "
@@ -75,7 +75,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="gpt2-tvm-peers-", dir=scratch) as folder:
         run = Run(source, chosen, cases, repeats, warmup, threads or physical_cores(), Path(folder))
         try:
-            with progress(run.turns) as say:
+            with cli.progress(run.turns) as say:
                 run.run(say, lambda: _save(run, json_file))
         finally:  # after an interrupt too
             sys.stdout.write(render(run.result()))  # first: a disk that is full now must not cost the figures

@@ -49,6 +49,11 @@ class Artifact:
         return tuple(self.manifest["verify_widths"])
 
     @property
+    def streams(self) -> dict[str, Any] | None:
+        """Of streams in the model (`streams.StreamPlan`): how many, the rows of a tree, …; None without."""
+        return self.manifest.get("streams")
+
+    @property
     def max_seq_len(self) -> int:
         return int(self.manifest["max_seq_len"])
 

@@ -54,6 +54,14 @@ class AttentionKernels(Protocol):
         """Argmax into token, positions + 1, token remembered in history; all three in place."""
         ...
 
+    samples: bool  # whether there is `sample_advance`: where a step is replayed, and a draw on the host would break it
+
+    def sample_advance(
+        self, logits: Tensor, settings: Tensor, choice: Tensor, token: Tensor, positions: Tensor, history: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`greedy_advance` with a draw (kernels/gpu_sample.py)."""
+        ...
+
     def log_prob(self, logits: Tensor, targets: Tensor) -> Tensor:
         """[b, n, V] float32, [b, n] int32 -> [b, n] float32."""
         ...
@@ -61,6 +69,8 @@ class AttentionKernels(Protocol):
 
 class CpuKernels:
     """Our CPU kernels (`kernels/cpu_*.py`)."""
+
+    samples = False
 
     def __init__(self, simd_bits: int) -> None:
         self.simd_bits = simd_bits
@@ -101,6 +111,9 @@ class CpuKernels:
             [token, positions, history],
         )
 
+    def sample_advance(self, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError("a CPU draws on the host")
+
     def log_prob(self, logits: Tensor, targets: Tensor) -> Tensor:
         from gpt2_tvm.kernels.cpu_sampling import log_prob
 
@@ -122,6 +135,8 @@ class MaterializedAttention:
         self.keep = kernels.keep
         self.greedy_advance = kernels.greedy_advance
         self.log_prob = kernels.log_prob
+        self.samples = kernels.samples
+        self.sample_advance = kernels.sample_advance
 
     def attend(self, spec: AttentionSpec, qkv: Tensor, cache: Tensor, rows: Rows) -> Tensor:
         H, D, S = spec.n_head, spec.head_dim, spec.capacity

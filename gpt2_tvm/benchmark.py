@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from gpt2_tvm import cli
 from gpt2_tvm.errors import UserError
-
-if TYPE_CHECKING:
-    from gpt2_tvm.measure.timing import Say
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -43,6 +37,13 @@ def main(
     device: Annotated[
         str | None, typer.Option(help='"cuda:1", say; default: the first of the artifact\'s kind.')
     ] = None,
+    runner: Annotated[
+        str,
+        typer.Option(
+            help="What runs webgpu artifacts, a comma list, each in the same rounds: wgpu, node (Dawn), chromium "
+            "(without a window), browser:PORT (yours, at the address that is printed)."
+        ),
+    ] = "wgpu",
     threads: Annotated[
         int | None,
         typer.Option(help="Threads of the CPU, a peer's too. Default: one a physical core that this process may use."),
@@ -77,13 +78,14 @@ def main(
     Examples:
       python -m gpt2_tvm.benchmark artifacts/gpt2-q0f32-cpu --peer transformers
       python -m gpt2_tvm.benchmark A B --prompt-tokens 16,322 --batch 1,4 --json here.json
+      python -m gpt2_tvm.benchmark CPU_ARTIFACT WEBGPU_ARTIFACT --runner node,chromium
       python -m gpt2_tvm.benchmark --collect laptop.json server.json --figure devices.png
     """
     from gpt2_tvm.measure.tables import check_format
 
     check_format(format_)
     if json_file is not None:
-        _check_writable(json_file)
+        cli.check_writable("--json", json_file)
     if collect:
         _collect(paths, format_, json_file, figure)
         return
@@ -93,15 +95,10 @@ def main(
         raise UserError(f"--threads {threads}: give at least 1, or leave it out for one a physical core")
     if repeats < 1 or warmup < 0:
         raise UserError(f"--repeats {repeats} --warmup {warmup}: at least 1 round counts, and 0 or more do not")
-    session = {"repeats": repeats, "warmups": warmup, "peer": peer, "device": device, "threads": threads}
+    runners = tuple(dict.fromkeys(part.strip() for part in runner.split(",")))
+    rounds: dict[str, Any] = {"repeats": repeats, "warmups": warmup}
+    session = {**rounds, "peer": peer, "device": device, "threads": threads, "runners": runners}
     _measure(paths, (batch, prompt_tokens, generate), session, format_, json_file)
-
-
-def _check_writable(file: Path) -> None:
-    """Refuse now what could not be written after minutes of timing."""
-    folder = next(parent for parent in file.absolute().parents if parent.exists())
-    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"--json {file} cannot be written there; choose a file in a folder of yours")
 
 
 def _measure(
@@ -120,7 +117,7 @@ def _measure(
     cases = cross(*(parse_sizes(option, text) for option, text in zip(names, sizes, strict=True)))
     session = Session(paths, cases, **options)
     try:
-        with _progress(session.turns) as say:
+        with cli.progress(session.turns) as say:
             session.run(say)
     except KeyboardInterrupt:
         if json_file is not None:
@@ -150,35 +147,6 @@ def _collect(paths: list[Path], format_: str, json_file: Path | None, figure: Pa
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     sys.stdout.write(cross_platform_table(rows) if format_ == "md" else render(merged, format_))
-
-
-@contextmanager
-def _progress(turns: int) -> Iterator[Say]:
-    """A bar on stderr while the block runs; on what is no terminal, one line a round."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _line_a_round()
-        return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=turns)
-        yield lambda what, turns: bar.update(task, description=what, completed=turns)
-
-
-def _line_a_round() -> Say:
-    last = ""
-
-    def say(what: str, turns: int) -> None:
-        nonlocal last
-        stage = what.partition(":")[0]
-        if stage != last:
-            print(stage, file=sys.stderr, flush=True)
-        last = stage
-
-    return say
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,12 @@ from gpt2_tvm.artifact import SCORE_ROWS, write_manifest
 from gpt2_tvm.checkpoint import ModelSource, resolve_model
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.files import replacing_folder, require_room
-from gpt2_tvm.quantization import SCHEMES, Scheme, get_scheme
+from gpt2_tvm.passes.registry import pass_set
+from gpt2_tvm.quantization import Scheme, scheme_for
 from gpt2_tvm.schedules.registry import rule_set
 from gpt2_tvm.schedules.tuned import Tuned, load_tuned
-from gpt2_tvm.toolchains import tensor_intrin
+from gpt2_tvm.streams import StreamPlan, read_plan
+from gpt2_tvm.toolchains import tensor_intrin, web
 from targets import DeviceTarget, load_target, specialise
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 ATTENTION = ("flash", "materialized")
 VERIFY_WIDTHS = (4, 8)
+STREAM_ROWS = "4"  # the last token and three candidates
 MAX_BATCH = 64
 OBJECT_BYTES = 16 << 20  # room for the objects of a large model and what is linked from them
 MAX_VERIFY_WIDTH = 32  # a tree row's mask is 32 bits
@@ -58,6 +61,9 @@ class Plan:
     verify_widths: tuple[int, ...]
     max_seq_len: int
     tuned: Tuned | None = None
+    cuda_graph: bool = False
+    passes: tuple[str, ...] | None = None
+    streams: StreamPlan | None = None
 
 
 def make_plan(
@@ -70,15 +76,11 @@ def make_plan(
     max_seq_len: int | None = None,
     verify_widths: Sequence[int] = VERIFY_WIDTHS,
     tuned: Tuned | None = None,
+    cuda_graph: bool | None = None,
+    passes: str = "all",
 ) -> Plan:
     """Check every choice and resolve the defaults; UserError names the one that is wrong."""
-    scheme = get_scheme(quantization)
-    if scheme.widened and target.layout.weight != "packed":
-        plain = " or ".join(s.name for s in SCHEMES.values() if not s.widened)
-        raise UserError(
-            f"--quantization {scheme.name} is for CPU targets, whose kernels widen packed weights; "
-            f"for {target.name} choose {plain}"
-        )
+    scheme = scheme_for(quantization, target.name, target.kind)
     if attention not in ATTENTION:
         raise UserError(f"unknown attention {attention!r}; choose {' or '.join(ATTENTION)}")
     if not batch_sizes or any(not 1 <= b <= MAX_BATCH for b in batch_sizes):
@@ -90,17 +92,22 @@ def make_plan(
     capacity = config.n_positions if max_seq_len is None else max_seq_len
     if not 1 <= capacity <= config.n_positions:
         raise UserError(f"--max-seq-len {capacity}: the model has positions for 1 to {config.n_positions} tokens")
+    if cuda_graph and target.kind != "cuda":
+        raise UserError(f"--cuda-graph is for CUDA targets, {target.name} is {target.kind}; leave it out")
     widths = tuple(sorted({m for m in verify_widths if m <= capacity}))
+    chosen = rule_set(rules, target)
     return Plan(
         config,
         target,
         scheme,
-        rule_set(rules, target),
+        chosen,
         attention,
         tuple(sorted(set(batch_sizes))),
         widths,
         capacity,
         tuned,
+        target.kind == "cuda" if cuda_graph is None else cuda_graph,
+        pass_set(passes, target, chosen),
     )
 
 
@@ -128,7 +135,7 @@ def export_module(plan: Plan) -> tuple[Any, list[str]]:
             kernels = GpuKernels.for_target(plan.target)
         if plan.attention == "materialized":
             kernels = MaterializedAttention(kernels)
-        options = ModelOptions(plan.scheme, weight_layout(plan.target), kernels, plan.max_seq_len)
+        options = ModelOptions(plan.scheme, weight_layout(plan.target), kernels, plan.max_seq_len, plan.streams)
         model = GPT2LMHeadModel(plan.config, options)
         mod, params, _ = model.export_tvm(
             spec=model.export_spec(plan.batch_sizes, plan.verify_widths), allow_extern=True
@@ -149,14 +156,17 @@ def lower_plan(plan: Plan, dump_ir: Path | None = None) -> tuple[Lowered, list[s
         "score": {"b": batch, "n": min(SCORE_ROWS, plan.max_seq_len)},
         "softmax_with_temperature": {"b": batch},
     }
-    return lower(mod, plan.target, plan.rules, bounds, dump_ir, plan.tuned), names
+    return lower(mod, plan.target, plan.rules, bounds, dump_ir, plan.tuned, plan.cuda_graph, plan.passes), names
 
 
 def stored_weights(source: ModelSource, plan: Plan) -> Any:
     """(name, array as stored) for each parameter, streaming: one tensor in memory at a time."""
-    from gpt2_tvm.quantization.storage import stored_parameters
+    from gpt2_tvm.quantization.storage import stored_parameters, stored_streams
 
-    return stored_parameters(source, plan.scheme, weight_layout(plan.target))
+    layout = weight_layout(plan.target)
+    yield from stored_parameters(source, plan.scheme, layout)
+    if plan.streams is not None:
+        yield from stored_streams(plan.streams, plan.config, plan.scheme, layout)
 
 
 def versions() -> dict[str, str]:
@@ -184,6 +194,11 @@ def compile_model(
     verify_widths: Sequence[int] = VERIFY_WIDTHS,
     dump_ir: str | Path | None = None,
     seed: int = 0,
+    cuda_graph: bool | None = None,
+    weights: bool = True,
+    streams: str | Path | None = None,
+    stream_rows: str = STREAM_ROWS,
+    passes: str = "all",
     progress: Progress | None = None,
 ) -> Path:
     """Compile a GPT-2 for a device and write its artifact.
@@ -202,6 +217,12 @@ def compile_model(
         verify_widths: how many candidate tokens one verify call takes, each a static variant.
         dump_ir: a folder for the IR after each phase.
         seed: of the random weights, where the checkpoint cannot be downloaded.
+        cuda_graph: decode, greedy, verify and keep as one CUDA graph each; default for CUDA targets, refused for
+            others.
+        weights: False leaves the parameters out, to be added where the artifact will run.
+        streams: a folder made by ``train_streams``: the model then drafts for itself with --strategy streaming.
+        stream_rows: rows of the tree that a pass of streams takes, or "8,4": of 8 rows an early exit keeps 4.
+        passes: a set of fusions (`passes.registry.pass_set`).
         progress: called with (what, share done); with a share of 0 for a note that the user should read.
 
     Returns the artifact's folder. Raises UserError for anything the user can mend.
@@ -213,16 +234,30 @@ def compile_model(
     if source.note:
         say(source.note, 0.0)
     plan = make_plan(
-        source.config, device, quantization, rules, attention, batch_sizes, max_seq_len, verify_widths, points
+        source.config,
+        device,
+        quantization,
+        rules,
+        attention,
+        batch_sizes,
+        max_seq_len,
+        verify_widths,
+        points,
+        cuda_graph,
+        passes,
     )
+    if streams is not None:
+        plan = replace(plan, streams=read_plan(Path(streams), source, stream_rows))
     final = Path(output) if output else Path("artifacts") / f"{source.name}-{plan.scheme.name}-{device.name}"
     with replacing_folder(final) as work:
-        seconds = _write(work, source, plan, Path(dump_ir) if dump_ir else None, say)
+        seconds = _write(work, source, plan, Path(dump_ir) if dump_ir else None, say, weights)
     say(f"wrote {final} in {seconds:.1f} s", 1.0)
     return final
 
 
-def _write(work: Path, source: ModelSource, plan: Plan, dump_ir: Path | None, say: Progress) -> float:
+def _write(
+    work: Path, source: ModelSource, plan: Plan, dump_ir: Path | None, say: Progress, weights: bool = True
+) -> float:
     """Fill the folder of an artifact; returns the seconds it took."""
     from gpt2_tvm.tensor_cache import TensorCacheWriter
 
@@ -232,12 +267,16 @@ def _write(work: Path, source: ModelSource, plan: Plan, dump_ir: Path | None, sa
     import tvm
 
     from gpt2_tvm.inventory import function_table
+    from gpt2_tvm.passes.cuda_graph import graph_steps
+    from gpt2_tvm.schedules.webgpu_pipeline import pipeline_name
 
     with toolchains.compiling(plan.target) as tvm_target:
         say("lowering and scheduling", 0.1)
         lowered, names = lower_plan(plan, dump_ir)
         say(f"building {len(lowered.hits)} functions for {plan.target.name}", 0.3)
-        executable = tvm.compile(lowered.final, target=tvm_target, relax_pipeline=None, tir_pipeline=None)
+        executable = tvm.compile(
+            lowered.final, target=tvm_target, relax_pipeline=None, tir_pipeline=pipeline_name(tvm_target)
+        )
         for folder in (Path(tempfile.gettempdir()), work):
             require_room(folder, OBJECT_BYTES)  # LLVM ends the process when it cannot write
         libraries = toolchains.export(executable, plan.target, work)
@@ -245,11 +284,13 @@ def _write(work: Path, source: ModelSource, plan: Plan, dump_ir: Path | None, sa
         from gpt2_tvm.kernel_list import write_kernel_list
 
         write_kernel_list(work, lowered, plan, executable)
+        say(f"linking {web.MODULE}", 0.5)
+        libraries += web.write_module(lowered.final, plan.target, work, lambda what: say(what, 0.0))
     compile_seconds = time.perf_counter() - start
 
     total = sum(1 for _ in names)
     with TensorCacheWriter(work / "params") as writer:
-        for i, (name, array) in enumerate(stored_weights(source, plan)):
+        for i, (name, array) in enumerate(stored_weights(source, plan) if weights else ()):
             say(f"converting weights: {name}", 0.6 + 0.38 * i / total)
             if i >= total or names[i] != name:
                 raise RuntimeError(
@@ -269,11 +310,15 @@ def _write(work: Path, source: ModelSource, plan: Plan, dump_ir: Path | None, sa
         "target": plan.target.to_json(),
         "layout": asdict(weight_layout(plan.target)),
         "rules": list(plan.rules),
+        "passes": list(plan.passes or ()),
         "attention": plan.attention,
+        "streams": plan.streams.to_json() if plan.streams is not None else None,
         "tuned": plan.tuned.to_json() if plan.tuned is not None else None,
         "batch_sizes": list(plan.batch_sizes),
         "verify_widths": list(plan.verify_widths),
         "max_seq_len": plan.max_seq_len,
+        "cuda_graph": graph_steps(lowered.lowered) if plan.cuda_graph else None,
+        **web.manifest(plan.target, work, plan.max_seq_len),
         "versions": versions(),
         "library": libraries[0],
         "libraries": libraries,

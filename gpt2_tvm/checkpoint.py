@@ -22,6 +22,7 @@ from gpt2_tvm.config import PRESETS, GPT2Config
 from gpt2_tvm.errors import UserError
 
 BUNDLED_NAMES = ("bundled", "austen-target")
+BUNDLED_DRAFT_NAMES = ("bundled-draft", "austen-draft")
 
 HUB_IDS = {
     **{name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
@@ -83,7 +84,8 @@ def resolve_model(model: str, seed: int = 0) -> ModelSource:
     """Find the model that a user calls `model`.
 
     Args:
-        model: a folder in Hugging Face layout; "bundled" or "austen-target" (ships with the package); "gpt2",
+        model: a folder in Hugging Face layout; "bundled" or "austen-target" (ships with the package), and its draft,
+            "bundled-draft" or "austen-draft"; "gpt2",
             "gpt2-medium", "gpt2-large", "gpt2-xl" or "distilgpt2"; or a hub id such as "owner/name".
         seed: for the random weights of a preset that cannot be downloaded.
 
@@ -101,6 +103,10 @@ def resolve_model(model: str, seed: int = 0) -> ModelSource:
         from gpt2_tvm.data import bundled_model
 
         return ModelSource("austen-target", GPT2Config.from_json(bundled_model()), bundled_model())
+    if model in BUNDLED_DRAFT_NAMES:
+        from gpt2_tvm.data import bundled_draft
+
+        return ModelSource("austen-draft", GPT2Config.from_json(bundled_draft()), bundled_draft())
     if model in PRESETS:
         return _preset_from_hub(model, seed)
     if path.suffix in _PICKLES:

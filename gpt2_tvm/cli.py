@@ -107,6 +107,45 @@ def integers(text: str, option: str) -> tuple[int, ...]:
         raise UserError(f"{option} {text}: give integers with commas between, such as 1,4") from None
 
 
+def check_writable(option: str, file: Path) -> None:
+    """Refuse now what could not be written after minutes of work. option: what the user calls it, such as --json."""
+    folder = next(parent for parent in file.absolute().parents if parent.exists())
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{option} {file} cannot be written there; choose a file in a folder of yours")
+
+
+@contextmanager
+def progress(turns: int) -> Iterator[Callable[[str, int], Any]]:
+    """A bar on stderr while the block runs; on what is no terminal, a line where what stands before the colon changes.
+
+    turns: how many there are. Yields a function to call with (what comes next, turns done).
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _line_a_stage()
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=turns)
+        yield lambda what, done: bar.update(task, description=what, completed=done)
+
+
+def _line_a_stage() -> Callable[[str, int], Any]:
+    last = ""
+
+    def say(what: str, done: int) -> None:
+        nonlocal last
+        stage = what.partition(":")[0]
+        if stage != last:
+            print(stage, file=sys.stderr, flush=True)
+        last = stage
+
+    return say
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` where --json says: beside it first, then renamed."""
     from gpt2_tvm.files import write_atomically

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gpt2_tvm.cli import integers, run, write_json
+from gpt2_tvm.passes.registry import FUSIONS
 
 if TYPE_CHECKING:
     from gpt2_tvm.build import Progress
@@ -26,8 +27,8 @@ NEEDS = {
     "webgpu": "Python with wgpu (pip install 'gpt2-tvm[webgpu]') and a GPU or a software Vulkan device",
 }
 TOLD = (  # what the summary takes from the manifest as it is
-    *("model", "random_weights", "seed", "quantization", "rules", "attention", "batch_sizes", "verify_widths"),
-    *("max_seq_len", "library", "compile_seconds", "total_seconds", "versions"),
+    *("model", "random_weights", "seed", "quantization", "rules", "passes", "attention", "batch_sizes"),
+    *("verify_widths", "max_seq_len", "library", "compile_seconds", "total_seconds", "versions"),
 )
 
 
@@ -70,6 +71,13 @@ def main(
             "which function."
         ),
     ] = "full",
+    passes: Annotated[
+        str,
+        typer.Option(
+            help="Fusions of the graph: all (that target and rules can have), none, only-PASS, without-PASS, or a "
+            f"comma list of {', '.join(FUSIONS)}."
+        ),
+    ] = "all",
     attention: Annotated[
         str,
         typer.Option(help="flash: our own kernels. materialized: matmul and softmax, which the rules schedule."),
@@ -86,6 +94,23 @@ def main(
         typer.Option(help="Capacity of the KV cache in tokens. Default: the model's n_positions."),
     ] = None,
     tuned: Annotated[Path | None, typer.Option(help="A schedule file made by tuning.apply.")] = None,
+    cuda_graph: Annotated[
+        bool | None,
+        typer.Option(
+            help="Every decode, greedy and verify step as one CUDA graph, captured once and replayed. Default: on for "
+            "CUDA targets."
+        ),
+    ] = None,
+    streams: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder made by train_streams: the model then drafts for itself, with --strategy streaming."
+        ),
+    ] = None,
+    stream_rows: Annotated[
+        str,
+        typer.Option(help="Rows of the tree that a pass of streams takes; 8,4: of 8 rows an early exit keeps 4."),
+    ] = "4",
     dump_ir: Annotated[Path | None, typer.Option(help="Write the IR after each phase into this folder.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write what is printed at the end as JSON.")] = None,
@@ -128,6 +153,10 @@ def main(
             verify_widths=widths,
             dump_ir=dump_ir,
             seed=seed,
+            cuda_graph=cuda_graph,
+            passes=passes,
+            streams=streams,
+            stream_rows=stream_rows,
             progress=progress,
         )
     made = summary(folder, read_manifest(folder))
@@ -210,6 +239,7 @@ def print_summary(made: dict[str, Any]) -> None:
     print(f"{made['artifact']}: {made['model']} ({weights} weights), {made['quantization']}, for {made['target']}")
     print(f"  size   {made['size_mb']:.1f} MB: code {made['library_mb']:.1f}, weights {made['params_mb']:.1f}")
     print(f"  rules  {hits or 'none'}")
+    print(f"  passes {', '.join(made['passes']) or 'none'}")
     print(f"  time   {made['total_seconds']:.1f} s, of which compiling {made['compile_seconds']:.1f} s")
     print(f"  needs  {made['needs']}")
     if made["runs_here"]:

@@ -81,15 +81,23 @@ class Engine:
         self.positions = self.positions + 1
         return self._done(logits)[:, 0]
 
-    def decode_greedy(self, n: int) -> np.ndarray:
+    def decode_greedy(self, n: int, first: Ids | None = None) -> np.ndarray:
         """n times: the most likely next token, appended -> int32 [batch, n]. The loop stays on the device; one
         read-back at the end.
 
-        Goes on from the last prefill or decode, whose logits give the first token; afterwards the engine stands as if
-        `decode` had been called with each of these tokens.
+        Goes on from the last prefill or decode, whose logits give the first token, or from `first` (an int, or one a
+        sequence); afterwards the engine stands as if `decode` had been called with each of these tokens, and `best`
+        says what would come next.
         """
+        if first is not None:
+            self._next = np.concatenate(self._rows(np.asarray(first).reshape(-1, 1), exactly=1))
         if self._next is None:
             raise UserError("decode_greedy needs logits to start from: call prefill or decode first")
+        return self._advance("greedy", n, [])
+
+    def _advance(self, step: str, n: int, settings: list[Handle]) -> np.ndarray:
+        """n calls of a step that hands its token to itself, from `best` on; also for `decoding.on_device`."""
+        assert self._next is not None
         self._check_room([n] * self.batch)
         if n <= 0:
             return np.zeros((self.batch, 0), np.int32)
@@ -98,9 +106,9 @@ class Engine:
         token[: self.batch, 0] = self._next
         history = self._tensor("history", (slots, self.max_seq_len))
         at, active = self._where(np.ones(self.batch, np.int32))
-        inputs = [self._int("greedy_token", token), at, history, active, self._caches]
+        inputs = [self._int("greedy_token", token), at, history, active, *settings, self._caches]
         for _ in range(n):
-            self.runner.call(f"greedy_b{slots}", inputs)
+            self.runner.call(f"{step}_b{slots}", inputs)
         # step k appended token k at slot first + k and remembered its successor at the slot after it
         seen = self.runner.download(history)
         tokens = np.empty((self.batch, n), np.int32)
@@ -111,6 +119,12 @@ class Engine:
         self._tree = None
         self.positions = self.positions + np.int32(n)
         return tokens
+
+    @property
+    def best(self) -> np.ndarray | None:
+        """The most likely next token of each sequence, int32 [batch]; None where the last call was not a prefill, a
+        decode or a decode_greedy."""
+        return self._next
 
     def verify(self, ids: Ids, parents: Sequence[Any] | np.ndarray | None = None) -> np.ndarray:
         """Candidate tokens -> float32 [batch, m, vocab], the logits after each.
@@ -148,15 +162,7 @@ class Engine:
         m = max(len(r) for r in rows)
         width = next(w for w in self.artifact.verify_widths if w >= m)
         padded, lengths = self._pad(rows, width)
-        masks = np.zeros((self._slots, width), np.uint32)
-        depths = np.zeros((self._slots, width), np.int32)
-        for b in range(self.batch):
-            for j in range(len(rows[b])):
-                parent = j - 1 if tree is None else int(tree[b, j])
-                masks[b, j] = (masks[b, parent] if parent >= 0 else 0) | np.uint32(1 << j)
-                depths[b, j] = depths[b, parent] + 1 if parent >= 0 else 0
-        inputs = [self._int("ids", padded), *self._where(lengths)]
-        inputs += [self._int("masks", masks.view(np.int32)), self._int("depths", depths), self._caches]
+        inputs = [self._int("candidates", padded), *self._where(lengths), *self._branches(width, tree), self._caches]
         logits = self.runner.call(f"verify_b{self._slots}_m{width}", inputs)
         if tree is None:
             self.positions = self.positions + lengths[: self.batch]
@@ -165,6 +171,54 @@ class Engine:
             out[b, len(rows[b]) :] = 0
         self._next, self._tree = None, tree
         return out
+
+    def _branches(self, width: int, tree: np.ndarray | None) -> list[Handle]:
+        """Masks and depths of `width` rows on the device; those of a chain are uploaded once."""
+        kind, shape = "chain" if tree is None else "tree", (self._slots, width)
+        names = [f"{kind}_masks_{width}", f"{kind}_depths_{width}"]
+        if tree is None and (names[0], shape) in self._tensors:
+            return [self._tensors[name, shape] for name in names]
+        masks, depths = np.zeros(shape, np.uint32), np.zeros(shape, np.int32)
+        for b in range(self._slots if tree is None else self.batch):
+            for j in range(width if tree is None else tree.shape[1]):
+                parent = j - 1 if tree is None else int(tree[b, j])
+                masks[b, j] = (masks[b, parent] if parent >= 0 else 0) | np.uint32(1 << j)
+                depths[b, j] = depths[b, parent] + 1 if parent >= 0 else 0
+        return [self._int(names[0], masks.view(np.int32)), self._int(names[1], depths)]
+
+    def stream(self, ids: Ids, parents: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A tree of candidates, and what may follow it -> (logits, rows, streams).
+
+        ids, parents: as for `verify`; the first of each sequence is the last token of its text (parent -1), and the
+        others follow it. As many as the artifact's streams take, or fewer.
+
+        logits: float32 [batch, K, vocab], after K of the tokens; rows: int32 [batch, K], which of the ids these are (K
+        is smaller than the tree where an early exit prunes it; rows past a sequence's own are without meaning).
+        streams: float32 [batch, G, vocab], what comes 2, 3, … tokens after the last token that stood. The branch that
+        stood greedily is appended, and the positions move past it (take some back with `rewind`).
+        """
+        plan = self.artifact.streams
+        if plan is None:
+            raise UserError(f"{self.artifact.path} was compiled without streams; compile with --streams FOLDER")
+        rows, width = self._rows(ids), int(plan["rows"])
+        if max(len(r) for r in rows) > width:
+            raise UserError(f"a tree of {max(len(r) for r in rows)} tokens, but this artifact's streams take {width}")
+        tree = np.full((self.batch, width), -1, np.int32)
+        for b, above in enumerate(parents):
+            tree[b, : len(above)] = above
+        padded, lengths = self._pad(rows, width)
+        inputs = [
+            self._int("candidates", padded),
+            self._int("parents", np.pad(tree, ((0, self._slots - self.batch), (0, 0)))),
+        ]
+        inputs += [*self._branches(width, tree), *self._where(lengths), self._caches]
+        out = self.runner.call(f"stream_b{self._slots}", inputs)
+        logits, streams, counts, kept = (self.runner.download(out[i])[: self.batch] for i in range(4))
+        self.positions = self.positions + counts
+        self._next, self._tree = None, None
+        if plan["kept"] == plan["rows"]:
+            kept = np.broadcast_to(np.arange(width, dtype=np.int32), kept.shape)
+        return logits, kept, streams
 
     def keep(self, path: Paths) -> None:
         """After a tree: keep one branch. path: the indices of its tokens among the tree's ids, from the root down (one
@@ -259,8 +313,8 @@ class Engine:
         if self._slots != sizes[0]:
             self._caches, self._tensors = [], {}
             c, dtype = self.config, self.artifact.manifest["compute_dtype"]
-            shape = (2, sizes[0], c.n_head, self.max_seq_len, c.head_dim)
-            self._caches = [self.runner.empty(shape, dtype) for _ in range(c.n_layer)]
+            shapes = [(2, sizes[0], c.heads(i), self.max_seq_len, c.head_dim) for i in range(c.n_layer)]
+            self._caches = [self.runner.empty(shape, dtype) for shape in shapes]
             self._slots = sizes[0]
         self.batch, self.positions = batch, np.zeros(batch, np.int32)
         self._next, self._tree = None, None
@@ -320,8 +374,9 @@ class Engine:
     def _where(self, lengths: np.ndarray) -> tuple[Handle, Handle]:
         """Positions and lengths on the device; sequences that only fill up the static batch stand at 0 with length
         0."""
-        spare = (0, self._slots - self.batch)
-        return self._int("positions", np.pad(self.positions, spare)), self._int("lengths", np.pad(lengths, spare))
+        where = np.zeros((2, self._slots), np.int32)
+        where[0, : self.batch], where[1, : self.batch] = self.positions, lengths
+        return self._int("positions", where[0]), self._int("lengths", where[1])
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Handle:
         """An int32 tensor on the device, kept and reused. Long-lived ones only: prompts of every length would pile

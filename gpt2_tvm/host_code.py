@@ -18,6 +18,7 @@ from tvm.ir import Call
 from tvm.tirx.build import split_host_device_mods
 
 from gpt2_tvm.expressions import Text, to_text
+from gpt2_tvm.schedules.webgpu_pipeline import tir_pipeline
 
 # The fields of tvm_struct_get that the host code reads (TVMStructFieldKind in TVM's include/tvm/tirx/builtin.h).
 DATA, SHAPE, ARGUMENT_HANDLE, ELEMENT = 1, 2, 15, 17
@@ -69,7 +70,7 @@ def split_launches(
         target = target.with_host("llvm")
     with target:
         module = tirx.transform.BindTarget(target)(tvm.IRModule(functions))
-        pipeline, _, finish_device = tirx.get_default_tir_pipeline(target)
+        pipeline, _, finish_device = tir_pipeline(target)
         host, devices = split_host_device_mods(pipeline(module))
         kernels = {device: finish_device()(mod) for device, mod in devices.items()}
     return {var.name_hint: _Reader(var.name_hint, func).launches for var, func in host.functions_items()}, kernels

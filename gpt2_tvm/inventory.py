@@ -109,6 +109,10 @@ def _role(name: str, callers: list[str], arguments: list[str]) -> str:
     base = re.sub(r"\d+(?=_|$)", "", name.removeprefix("fused_"))
     parts = base.split("_")
     what = base
+    norms = [m for m in modules if m.rpartition("_")[0] == "ln"]  # LayerNorm in the product's prologue
+    if "matmul" in parts and norms:
+        modules = [m for m in modules if m not in norms]
+        matches = [m for m in matches if m["module"] not in norms]
     if "matmul" in parts and modules:
         bias = any(m["what"] == "bias" for m in matches)
         what = " / ".join(modules) + (" + bias" if bias else "")
@@ -116,6 +120,8 @@ def _role(name: str, callers: list[str], arguments: list[str]) -> str:
         activation = next((a for a in ACTIVATIONS if re.search(rf"(^|_){a}(_|$)", base)), None)
         what += f" + {activation}" if activation else ""
         what += " + residual" if parts.count("add") > bias else ""
+        what = f"{' / '.join(norms)}, {what}" if norms else what
+        what = f"merged splits, {what}" if base.startswith("merge_splits") else what
     elif modules and base != "embed":
         what = f"{base} ({' / '.join(modules)})"
     return f"{', '.join(kinds)}: {what}"

@@ -9,7 +9,8 @@ a new shape: the host computes sizes between kernels and no step can be recorded
 with static shapes only, so one step is one CUDA graph or one WebGPU command buffer, and sequences of one batch may
 stand at different positions.
 
-The KV cache is one tensor a layer, [2, b, H, S, D], updated in place.
+The KV cache is one tensor a layer, [2, b, H, S, D], updated in place. In a pruned model H, the MLP's width and the
+number of inputs that a layer takes are the layer's own (`GPT2Config.heads`, `inner`, `inputs`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from gpt2_tvm.config import GPT2Config
 from gpt2_tvm.kernels.spec import AttentionSpec
 from gpt2_tvm.quantization import Scheme
 from gpt2_tvm.quantization.layers import Linear, Matrix, WeightLayout
+from gpt2_tvm.streams import StreamPlan
 
 
 @dataclass(frozen=True)
@@ -37,22 +39,29 @@ class ModelOptions:
     layout: WeightLayout
     kernels: AttentionKernels
     capacity: int
+    streams: StreamPlan | None = None
 
 
 class LayerNorm(nn.Module):
-    """Mean and variance in float32, in two passes: stable where the residual stream has large outliers."""
+    """Mean and variance in float32, in two passes: stable where the residual stream has large outliers.
 
-    def __init__(self, size: int, epsilon: float, dtype: str) -> None:
+    kept: how many of its outputs the next layer takes (a pruned one takes fewer than `size`); only these are written.
+    """
+
+    def __init__(self, size: int, epsilon: float, dtype: str, kept: int | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter([size], dtype)
-        self.bias = nn.Parameter([size], dtype)
+        self.out = size if kept is None else kept
+        self.weight = nn.Parameter([self.out], dtype)
+        self.bias = nn.Parameter([self.out], dtype)
+        if self.out < size:
+            self.kept = nn.Parameter([self.out], "int32")
         self.size, self.epsilon, self.dtype = size, epsilon, dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, n, E] -> [b, n, E]."""
+        """[b, n, E] -> [b, n, E], or [b, n, kept]."""
         E, f32 = self.size, "float32"
 
-        def norm(x: te.Tensor, weight: te.Tensor, bias: te.Tensor) -> te.Tensor:
+        def norm(x: te.Tensor, weight: te.Tensor, bias: te.Tensor, *kept: te.Tensor) -> te.Tensor:
             b, n = x.shape[0], x.shape[1]
             k = te.reduce_axis((0, E), name="k")
             total = te.compute((b, n), lambda i, t: te.sum(x[i, t, k].astype(f32), axis=k), name="total")
@@ -70,26 +79,31 @@ class LayerNorm(nn.Module):
                 lambda i, t: tirx.rsqrt(square[i, t] / tirx.const(E, f32) + tirx.const(self.epsilon, f32)),
                 name="rstd",
             )
-            return te.compute(
-                (b, n, E),
-                lambda i, t, e: (
-                    (x[i, t, e].astype(f32) - mean[i, t]) * rstd[i, t] * weight[e].astype(f32) + bias[e].astype(f32)
-                ).astype(self.dtype),
-                name="normalised",
-            )
 
-        return op.tensor_expr_op(norm, "layer_norm", [x, self.weight, self.bias])
+            def normalised(i: tirx.Var, t: tirx.Var, e: tirx.Var) -> tirx.Expr:
+                value = x[i, t, kept[0][e] if kept else e].astype(f32)
+                y = (value - mean[i, t]) * rstd[i, t] * weight[e].astype(f32) + bias[e].astype(f32)
+                return y.astype(self.dtype)
+
+            return te.compute((b, n, self.out), normalised, name="normalised")
+
+        kept = [self.kept] if self.out < E else []
+        return op.tensor_expr_op(norm, "layer_norm", [x, self.weight, self.bias, *kept])
 
 
 class GPT2Attention(nn.Module):
     def __init__(self, config: GPT2Config, layer: int, options: ModelOptions) -> None:
         super().__init__()
-        E = config.n_embd
-        self.c_attn = Linear(E, 3 * E, options.scheme, options.layout)
-        self.c_proj = Linear(E, E, options.scheme, options.layout)
+        width = config.heads(layer) * config.head_dim  # E, unless heads were cut
+        attn, proj, _ = config.inputs(layer)
+        self.c_attn = Linear(attn, 3 * width, options.scheme, options.layout)
+        self.c_proj = Linear(proj, config.n_embd, options.scheme, options.layout)
+        self.gathers = proj < width
+        if self.gathers:
+            self.kept = nn.Parameter([proj], "int32")
         self.kernels = options.kernels
         self.spec = AttentionSpec(
-            config.n_head,
+            config.heads(layer),
             config.head_dim,
             options.capacity,
             options.scheme.compute_dtype,
@@ -97,21 +111,28 @@ class GPT2Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, residual: Tensor, cache: Tensor, rows: Rows) -> Tensor:
-        qkv = self.c_attn(x)  # [b, n, 3E]
+        qkv = self.c_attn(x)  # [b, n, 3HD], HD = E unless pruned
         cache = self.kernels.append(self.spec, qkv, cache, rows)  # [2, b, H, S, D], in place
-        y = self.kernels.attend(self.spec, qkv, cache, rows)  # [b, n, E]
+        y = self.kernels.attend(self.spec, qkv, cache, rows)  # [b, n, HD]
+        if self.gathers:
+            y = op.tensor_expr_op(_taken, "take_inputs", [y, self.kept])  # [b, n, inputs of c_proj]
         return self.c_proj(y, residual=residual)
 
 
+def _taken(y: te.Tensor, kept: te.Tensor) -> te.Tensor:
+    return te.compute((*y.shape[:2], kept.shape[0]), lambda i, t, e: y[i, t, kept[e]], name="taken")
+
+
 class GPT2MLP(nn.Module):
-    def __init__(self, config: GPT2Config, options: ModelOptions) -> None:
+    def __init__(self, config: GPT2Config, layer: int, options: ModelOptions) -> None:
         super().__init__()
-        self.c_fc = Linear(config.n_embd, config.n_inner, options.scheme, options.layout)
-        self.c_proj = Linear(config.n_inner, config.n_embd, options.scheme, options.layout)
+        inner, inputs = config.inner(layer), config.inputs(layer)[2]
+        self.c_fc = Linear(inputs, inner, options.scheme, options.layout)
+        self.c_proj = Linear(inner, config.n_embd, options.scheme, options.layout)
         self.activation = config.activation_function
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        h = self.c_fc(x, activation=self.activation)  # [b, n, n_inner]
+        h = self.c_fc(x, activation=self.activation)  # [b, n, inner]
         return self.c_proj(h, residual=residual)
 
 
@@ -119,10 +140,11 @@ class GPT2Block(nn.Module):
     def __init__(self, config: GPT2Config, layer: int, options: ModelOptions) -> None:
         super().__init__()
         dtype = options.scheme.compute_dtype
-        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_epsilon, dtype)
+        attn, _, fc = config.inputs(layer)
+        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_epsilon, dtype, attn)
         self.attn = GPT2Attention(config, layer, options)
-        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon, dtype)
-        self.mlp = GPT2MLP(config, options)
+        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon, dtype, fc)
+        self.mlp = GPT2MLP(config, layer, options)
 
     def forward(self, x: Tensor, cache: Tensor, rows: Rows) -> Tensor:
         x = self.attn(self.ln_1(x), x, cache, rows)  # [b, n, E]
@@ -133,7 +155,8 @@ class GPT2Model(nn.Module):
     def __init__(self, config: GPT2Config, options: ModelOptions) -> None:
         super().__init__()
         E, dtype = config.n_embd, options.scheme.compute_dtype
-        self.wte = Matrix(E, config.vocab_size, options.scheme, options.layout)
+        roles = ("embedding", "head") if config.tie_word_embeddings else ("embedding",)
+        self.wte = Matrix(E, config.vocab_size, options.scheme.of_table(*roles), options.layout)
         self.wpe = nn.Embedding(config.n_positions, E, dtype)
         self.h = nn.ModuleList([GPT2Block(config, i, options) for i in range(config.n_layer)])
         self.ln_f = LayerNorm(E, config.layer_norm_epsilon, dtype)
@@ -174,9 +197,13 @@ class GPT2LMHeadModel(nn.Module):
         self.transformer = GPT2Model(config, options)
         self.tied = config.tie_word_embeddings
         if not self.tied:
-            self.lm_head = Matrix(config.n_embd, config.vocab_size, options.scheme, options.layout)
+            self.lm_head = Matrix(config.n_embd, config.vocab_size, options.scheme.of_table("head"), options.layout)
         self.config, self.options = config, options
         self.kernels = options.kernels
+        if options.streams is not None:
+            from gpt2_tvm.streams.module import Streams
+
+            self.streams = Streams(config, options.streams, options)
 
     def logits(self, x: Tensor) -> Tensor:
         """[b, n, E] -> [b, n, V] float32; a tied head reads the token table itself."""
@@ -210,6 +237,21 @@ class GPT2LMHeadModel(nn.Module):
         flat = op.reshape(logits, [token.shape[0], self.config.vocab_size])
         return self.kernels.greedy_advance(flat, token, positions, history)
 
+    def sample(
+        self,
+        token: Tensor,
+        positions: Tensor,
+        history: Tensor,
+        lengths: Tensor,
+        settings: Tensor,
+        choice: Tensor,
+        caches: list[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`greedy` with a draw: settings [B, 2] float32, temperature and top_p; choice [B, 2], top_k and seed."""
+        logits = self.decode(token, positions, lengths, caches)  # [B, 1, V]
+        flat = op.reshape(logits, [token.shape[0], self.config.vocab_size])
+        return self.kernels.sample_advance(flat, settings, choice, token, positions, history)
+
     def verify(
         self,
         ids: Tensor,
@@ -221,6 +263,21 @@ class GPT2LMHeadModel(nn.Module):
     ) -> Tensor:
         """[B, m] candidate tokens, a chain or a tree (`Rows`) -> logits [B, m, V] after each."""
         return self.logits(self.transformer(ids, caches, Rows(positions, lengths, tree, depths)))
+
+    def stream(
+        self,
+        ids: Tensor,
+        parents: Tensor,
+        tree: Tensor,
+        depths: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        caches: list[Tensor],
+    ) -> Any:
+        """Verify a tree and draft what may follow: `streams.module.stream_step`."""
+        from gpt2_tvm.streams.module import stream_step
+
+        return stream_step(self, ids, parents, tree, depths, positions, lengths, caches)
 
     def score(self, ids: Tensor, targets: Tensor, positions: Tensor, lengths: Tensor, caches: list[Tensor]) -> Tensor:
         """[b, n] ids and the ids that follow them -> log-probabilities [b, n] float32; the logits stay on the
@@ -245,8 +302,8 @@ class GPT2LMHeadModel(nn.Module):
         tensor = nn.spec.Tensor
 
         def caches(b: Any) -> list[nn.spec.Tensor]:
-            D, H = self.config.head_dim, self.config.n_head
-            return [tensor([2, b, H, S, D], self.options.scheme.compute_dtype) for _ in range(self.config.n_layer)]
+            D, dtype = self.config.head_dim, self.options.scheme.compute_dtype
+            return [tensor([2, b, self.config.heads(i), S, D], dtype) for i in range(self.config.n_layer)]
 
         def method(name: str, **inputs: Any) -> nn.spec.MethodSpec:
             mode = "none" if name in ("keep", "softmax_with_temperature") else "packed"
@@ -269,6 +326,12 @@ class GPT2LMHeadModel(nn.Module):
             token = tensor([B, 1], i32)
             methods[f"decode_b{B}"] = method("decode", ids=token, **at)
             methods[f"greedy_b{B}"] = method("greedy", token=token, history=tensor([B, S], i32), **at)
+            if self.kernels.samples:
+                drawn = {"settings": tensor([B, 2], "float32"), "choice": tensor([B, 2], i32)}
+                methods[f"sample_b{B}"] = method("sample", token=token, history=tensor([B, S], i32), **drawn, **at)
+            if self.options.streams is not None:
+                rows = tensor([B, self.options.streams.rows], i32)
+                methods[f"stream_b{B}"] = method("stream", ids=rows, parents=rows, tree=rows, depths=rows, **at)
             for m in verify_widths:
                 rows = tensor([B, m], i32)
                 methods[f"verify_b{B}_m{m}"] = method("verify", ids=rows, tree=rows, depths=rows, **at)

@@ -32,9 +32,9 @@ DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-FLOAT16_MAX = 65504.0
 
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+KEPT = ".kept"  # ends the name of the list of inputs that a pruned layer takes: int32, ascending
 _CONV1D = (".attn.c_attn.weight", ".attn.c_proj.weight", ".mlp.c_fc.weight", ".mlp.c_proj.weight")
 # Causal masks that older transformers saved with the weights; they hold nothing learnt.
 _BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
@@ -48,26 +48,36 @@ def expected_tensors(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     With V, P, E and I for vocab_size, n_positions, n_embd and n_inner, the linear layers are `attn.c_attn`
     [3E, E], `attn.c_proj` [E, E], `mlp.c_fc` [I, E] and `mlp.c_proj` [E, I]. `lm_head.weight` [V, E] exists
     only when untied.
+
+    A pruned layer has fewer of them: 3HD for H heads of D, its own I, and as many columns as it takes inputs. Which
+    inputs these are, where it does not take all, is an int32 list in what produces them: `ln_1.kept` for c_attn,
+    `attn.kept` for attn.c_proj, `ln_2.kept` for c_fc; ln_1 and ln_2 then hold the weights of these alone.
     """
-    e, inner = config.n_embd, config.n_inner
+    e = config.n_embd
     shapes: dict[str, tuple[int, ...]] = {
         EMBEDDING: (config.vocab_size, e),
         "transformer.wpe.weight": (config.n_positions, e),
     }
 
-    def norm(name: str) -> None:
-        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (e,)
+    def norm(name: str, kept: int = e) -> None:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (kept,)
+        if kept < e:
+            shapes[f"{name}{KEPT}"] = (kept,)
 
     def linear(name: str, out: int, into: int) -> None:
         shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (out, into), (out,)
 
     for i in range(config.n_layer):
         block = f"transformer.h.{i}"
-        norm(f"{block}.ln_1")
-        linear(f"{block}.attn.c_attn", 3 * e, e)
-        linear(f"{block}.attn.c_proj", e, e)
-        norm(f"{block}.ln_2")
-        linear(f"{block}.mlp.c_fc", inner, e)
+        width, inner = config.heads(i) * config.head_dim, config.inner(i)
+        attn, proj, fc = config.inputs(i)
+        norm(f"{block}.ln_1", attn)
+        linear(f"{block}.attn.c_attn", 3 * width, attn)
+        linear(f"{block}.attn.c_proj", e, proj)
+        if proj < width:
+            shapes[f"{block}.attn{KEPT}"] = (proj,)
+        norm(f"{block}.ln_2", fc)
+        linear(f"{block}.mlp.c_fc", inner, fc)
         linear(f"{block}.mlp.c_proj", e, inner)
     norm("transformer.ln_f")
     if not config.tie_word_embeddings:
@@ -102,6 +112,8 @@ def iter_weights(source: ModelSource, dtype: str | None = None) -> Iterator[tupl
     for name in expected_tensors(source.config):
         array = _read(stored[name])
         _check_finite(name, array, stored[name].file)
+        if name.endswith(KEPT):
+            _check_kept(name, array, source.config, stored[name].file)
         yield name, convert(name, array.T if name.endswith(_CONV1D) else array, dtype)
 
 
@@ -113,6 +125,8 @@ def random_tensor(config: GPT2Config, name: str, shape: tuple[int, ...], seed: i
     random weights would not notice a bias or a scale that was dropped otherwise.
     """
     generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
+    if name.endswith(KEPT):
+        return np.sort(generator.permutation(_width(config, name))[: shape[0]]).astype(np.int32)
     array = generator.standard_normal(shape, dtype=np.float32)
     if name.endswith(".c_proj.weight"):
         array *= np.float32(0.02 / (2 * config.n_layer) ** 0.5)
@@ -157,8 +171,9 @@ def _match(folder: Path, config: GPT2Config) -> dict[str, _Stored]:
         want = shape[::-1] if name.endswith(_CONV1D) else shape
         if found.shape != want:
             faults.append(f"{found.key} has shape {list(found.shape)} instead of {list(want)}")
-        if found.dtype not in _SAFETENSORS_DTYPES:
-            faults.append(f"{found.key} is {found.dtype}, not one of {', '.join(_SAFETENSORS_DTYPES)}")
+        dtypes = ("I32",) if name.endswith(KEPT) else tuple(_SAFETENSORS_DTYPES)
+        if found.dtype not in dtypes:
+            faults.append(f"{found.key} is {found.dtype}, not one of {', '.join(dtypes)}")
     faults += [f"unexpected {found.key}" for name, found in stored.items() if name not in expected]
     if faults:
         more = f" and {len(faults) - _NAMED_AT_MOST} more" if len(faults) > _NAMED_AT_MOST else ""
@@ -240,20 +255,39 @@ def _check_finite(name: str, array: np.ndarray, file: Path) -> None:
         raise UserError(f"{name} in {file} holds NaN or infinity; the checkpoint is damaged or its training diverged")
 
 
+def _width(config: GPT2Config, kept: str) -> int:
+    """How many inputs the list of that name chooses from."""
+    layer, of = re.fullmatch(r"transformer\.h\.(\d+)\.(\w+)\.kept", kept).groups()  # type: ignore[union-attr]
+    return config.widths(int(layer))[1] if of == "attn" else config.n_embd
+
+
+def _check_kept(name: str, array: np.ndarray, config: GPT2Config, file: Path) -> None:
+    if array[0] < 0 or array[-1] >= _width(config, name) or (np.diff(array) <= 0).any():
+        raise UserError(f"{name} in {file} does not list inputs in ascending order; the checkpoint is damaged")
+
+
 def convert(name: str, array: np.ndarray, dtype: str | None) -> np.ndarray:
     """`array` as `dtype` ("float32", "float16", "bfloat16"; None: as it is), C-contiguous, a copy only where needed.
 
-    Raises UserError, with the tensor's name, for values that float16 cannot hold.
+    A list of inputs stays int32. Raises UserError, with the tensor's name, for values that the dtype cannot hold.
     """
+    if name.endswith(KEPT):
+        return np.ascontiguousarray(array, np.int32)
     target = array.dtype if dtype is None else DTYPES[dtype]
-    if target == np.float16 and array.dtype != np.float16:
-        low, high = _bounds(array)
-        if max(-low, high) > FLOAT16_MAX:
-            raise UserError(
-                f"{name} holds {max(-low, high):g}, more than float16's {FLOAT16_MAX:g};"
-                " choose a scheme with float32 weights (--quantization q0f32)"
-            )
+    if dtype is not None and target != array.dtype:
+        check_range(name, array, dtype)
     return np.ascontiguousarray(array.astype(target, order="C", copy=False))
+
+
+def check_range(name: str, array: np.ndarray, dtype: str) -> None:
+    """UserError, with the tensor's name, where `array` holds values beyond those of `dtype`."""
+    most = float(ml_dtypes.finfo(DTYPES[dtype]).max)
+    low, high = _bounds(array)
+    if max(-low, high) > most:
+        raise UserError(
+            f"{name} holds {max(-low, high):g}, more than {dtype}'s {most:g};"
+            " choose a scheme with float32 weights (--quantization q0f32)"
+        )
 
 
 def write_hf_checkpoint(
@@ -312,9 +346,10 @@ def _header(config: GPT2Config, dtype: str) -> tuple[bytes, dict[str, int]]:
     offsets: dict[str, int] = {}
     end = 0
     for name, shape in expected_tensors(config).items():
-        offsets[name], end = end, end + prod(shape) * DTYPES[dtype].itemsize
+        kept = name.endswith(KEPT)
+        offsets[name], end = end, end + prod(shape) * (4 if kept else DTYPES[dtype].itemsize)
         stored_shape = shape[::-1] if name.endswith(_CONV1D) else shape
-        entries[name] = {"dtype": code, "shape": stored_shape, "data_offsets": [offsets[name], end]}
+        entries[name] = {"dtype": "I32" if kept else code, "shape": stored_shape, "data_offsets": [offsets[name], end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
     return len(text).to_bytes(8, "little") + text, offsets

@@ -70,6 +70,25 @@ class Peak:
 
 
 @dataclass(frozen=True)
+class Cores:
+    """What a GPU is made of, for models of its occupancy. Only rankings rest on it.
+
+    Attributes:
+        count: multiprocessors (compute units, GPU cores).
+        threads: that one holds at most.
+        registers: of 32 bits, in one.
+        shared_memory_bytes: in one.
+        clock_ghz: when it boosts.
+    """
+
+    count: int
+    threads: int
+    registers: int
+    shared_memory_bytes: int
+    clock_ghz: float
+
+
+@dataclass(frozen=True)
 class DeviceTarget:
     """A device to compile for.
 
@@ -91,6 +110,7 @@ class DeviceTarget:
         requires: CPU features that the code needs, under Linux's names in /proc/cpuinfo. An engine that finds
             one missing must not run it.
         path: the file that it came from.
+        cores: see there; None for what stands for many devices.
     """
 
     name: str
@@ -109,6 +129,7 @@ class DeviceTarget:
     native: bool
     requires: tuple[str, ...]
     path: Path = field(compare=False)
+    cores: Cores | None = None
 
     def tvm_attributes(self) -> dict[str, Any]:
         """`tvm`, for the native CPU with its name and features filled in (that imports TVM)."""

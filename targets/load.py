@@ -2,7 +2,7 @@
 
 Keys of a file: `name`, `kind`, `description`, `export`, `rules`, and where they apply `archs` (cuda),
 `devices`, `generic`, `native` and `requires` (cpu); tables `[tvm]`, `[host]`, `[limits]`, `[layout]`,
-`[peak]`. `targets/device.py` says what each means.
+`[peak]`, `[cores]`. `targets/device.py` says what each means.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from gpt2_tvm.errors import UserError
 from targets import detect, reader
-from targets.device import KINDS, DeviceTarget, Layout, Limits, Peak
+from targets.device import KINDS, Cores, DeviceTarget, Layout, Limits, Peak
 
 FOLDER = Path(__file__).parent
 # The order of the table that --list-targets prints: generic first, then old to new.
@@ -103,6 +103,7 @@ def _parse(path: Path) -> DeviceTarget:
         native=native,
         requires=tuple(sorted(detect.host_features())) if native else requires,
         path=path,
+        cores=_cores(top, kind),
     )
     top.finish()
     for attribute, limit in _SAME.items():
@@ -183,6 +184,21 @@ def _peak(top: reader.Table) -> Peak | None:
     )
     table.finish()
     return peak
+
+
+def _cores(top: reader.Table, kind: str) -> Cores | None:
+    table = top.table("cores")
+    if table is None:
+        return None
+    if kind == "cpu":
+        table.fail("is for GPUs: leave it out")
+    clock = table.rate("clock_ghz")
+    if clock is None:
+        table.fail("clock_ghz is missing: it must be a number")
+    sizes = ("count", "threads", "registers", "shared_memory_bytes")
+    cores = Cores(**{size: table.count(size) for size in sizes}, clock_ghz=clock)
+    table.finish()
+    return cores
 
 
 def _archs(top: reader.Table, kind: str, tvm: dict[str, Any]) -> tuple[str, ...]:

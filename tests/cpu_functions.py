@@ -17,7 +17,7 @@ from tvm.relax.frontend.nn import op
 from gpt2_tvm.kernels.math import activation
 from gpt2_tvm.kernels.packed_linear import pack, packed_matmul
 from gpt2_tvm.passes.apply_rules import apply_rules
-from gpt2_tvm.pipeline import FUSE
+from gpt2_tvm.pipeline import FUSE, FUSED, LEGALIZE
 from gpt2_tvm.schedules.cpu_gemv import CpuGemv
 from gpt2_tvm.schedules.cpu_matmul import GEMV_ROWS, CpuMatmul
 from targets import load_target
@@ -66,7 +66,7 @@ def fuse(module: nn.Module, **inputs: tuple[Sequence[Any], str]) -> tirx.PrimFun
     spec = {"forward": {name: nn.spec.Tensor(shape, dtype) for name, (shape, dtype) in inputs.items()}}
     mod, _ = module.export_tvm(spec)
     with CPU.tvm_target():
-        mod = tvm.transform.Sequential([make() for make in FUSE])(mod)
+        mod = tvm.transform.Sequential([make() for make in (*LEGALIZE, *FUSE, *FUSED)])(mod)
     (func,) = [f for _, f in mod.functions_items() if isinstance(f, tirx.PrimFunc)]
     return func.with_attr("global_symbol", "main")
 

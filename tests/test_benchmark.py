@@ -24,7 +24,7 @@ KEYS = {
     *("model", "target", "quantization", "rules", "attention", "batch", "prompt_tokens", "generate_tokens", "repeats"),
     *("prefill_tok_s", "decode_tok_s", "prefill_tok_s_sd", "decode_tok_s_sd", "prefill_tok_s_mean"),
     *("decode_tok_s_mean", "ttft_ms", "decode_gb_s", "bound_gb_s", "bound_share", "peak_rss_mb", "device", "date"),
-    *("versions", "threads", "load_seconds", "prefill_gflop_s", "bound_gflop_s", "bound_gflop_share"),
+    *("versions", "threads", "load_seconds", "prefill_gflop_s", "bound_gflop_s", "bound_gflop_share", "runner"),
 }
 
 # Sizes -----------------------------------------------------------------------------------------------------------

@@ -173,7 +173,14 @@ def result_file(path: Path, device: str, decode: float, complete: bool = True, *
     row = {
         **{key: 1 for key in KEYS},
         **{"model": "gpt2-medium", "target": "cuda", "quantization": "q0f16", "rules": "gemv", "attention": "flash"},
-        **{"device": device, "decode_tok_s": decode, "bound_share": 0.5, "date": "2026-01-01", "versions": {}},
+        **{
+            "device": device,
+            "decode_tok_s": decode,
+            "bound_share": 0.5,
+            "date": "2026-01-01",
+            "versions": {},
+            "runner": None,
+        },
         **changes,
     }
     path.write_text(json.dumps({"complete": complete, "rows": [row]}))

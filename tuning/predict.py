@@ -22,6 +22,7 @@ import numpy as np
 
 from gpt2_tvm.schedules.gemv_config import GemvConfig
 from targets import DeviceTarget
+from targets.device import Cores
 from tuning.search import Results
 from tuning.space import Context
 from tuning.workloads import Workload
@@ -48,31 +49,27 @@ class Machine:
     gb_s: float
 
 
-# Multiprocessors and boost clocks from the sources named in targets/*.toml; per-SM limits from the CUDA C++ Programming
-# Guide 13.0, "Compute Capabilities"; latencies are typical, they only have to rank.
-_MACHINES = {
-    "t4": (40, 1024, 65536, 65536, 1.59),
-    "rtx-3090": (82, 1536, 65536, 102400, 1.70),
-    "rtx-4090": (128, 1536, 65536, 102400, 2.52),
-    "a100": (108, 2048, 65536, 167936, 1.41),
-    "h100": (132, 2048, 65536, 233472, 1.98),
-    "h200": (132, 2048, 65536, 233472, 1.98),
-    "gfx90a": (104, 2048, 131072, 65536, 1.70),
-    "gfx942": (304, 2048, 131072, 65536, 2.10),
-    "gfx1100": (96, 2048, 98304, 65536, 2.50),
-    "m1": (8, 1024, 53248, 32768, 1.28),
-    "m2-ultra": (76, 1024, 53248, 32768, 1.40),
-}
 STEPS_AHEAD = 4  # steps of an unrolled loop whose loads are under way together
-_TYPICAL = (64, 1024, 65536, 65536, 1.5)
+_TYPICAL = Cores(64, 1024, 65536, 65536, 1.5)  # of a GPU whose target names none
 
 
 def machine_of(target: DeviceTarget) -> Machine:
     """The device's figures, or a typical GPU's where its name says nothing."""
-    sms, threads, registers, shared, clock = _MACHINES.get(target.name, _TYPICAL)
-    lanes = 64 if target.name in ("gfx90a", "gfx942") else 32
+    cores = target.cores or _TYPICAL
+    lanes = int(target.tvm.get("thread_warp_size", 32))
     gb_s = target.peak.bandwidth_gb_s if target.peak and target.peak.bandwidth_gb_s else 500.0
-    return Machine(sms, threads, registers, shared, clock, lanes, 4 if lanes == 32 else 1, 600.0, 2.0, gb_s)
+    return Machine(
+        cores.count,
+        cores.threads,
+        cores.registers,
+        cores.shared_memory_bytes,
+        cores.clock_ghz,
+        lanes,
+        4 if lanes == 32 else 1,
+        600.0,
+        2.0,
+        gb_s,
+    )
 
 
 @dataclass(frozen=True)

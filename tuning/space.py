@@ -100,7 +100,7 @@ class Context:
 
     @property
     def item(self) -> int:
-        return ITEM_BYTES[self.workload.dtype]
+        return ITEM_BYTES.get(self.workload.dtype, 1)  # of int4 there are two in a byte
 
     def shared_bytes(self, c: GemvConfig) -> int:
         """Shared memory of one block, as `TunableGemv` and TVM's lowering use it."""

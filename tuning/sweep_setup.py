@@ -15,7 +15,7 @@ from tuning.records import Records
 from tuning.search import STRATEGIES, get_strategy
 from tuning.space import SPACES, Points, describe, get_spaces, points, stock_point
 from tuning.sweeping import START_S, Done, Search, Sweep, WorkerSpec
-from tuning.workloads import Workload
+from tuning.workloads import ALONE, Workload
 
 if TYPE_CHECKING:
     from targets import DeviceTarget
@@ -63,7 +63,7 @@ class Setup:
         if device.kind == "cpu":
             raise UserError("the GEMV tuner is for GPUs; a CPU's product has no threads to lay out (see benchmarks/)")
         source = resolve_model(model)
-        plan = make_plan(source.config, device, quantization, "full", batch_sizes=(batch,))
+        plan = make_plan(source.config, device, quantization, "full", batch_sizes=(batch,), passes=ALONE)
         lowered, _ = lower_plan(plan)
         workloads = gemv_only(lowered, plan, batch, only)
         searches, found = [], []

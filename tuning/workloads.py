@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from gpt2_tvm.build import Plan
     from gpt2_tvm.pipeline import Lowered
 
+# Fusions that leave a product's vector outside it (passes/registry.py). With the others, LayerNorm and the merge of
+# split attention are prologues of products, timed with them: points are searched for the product alone, and `compile
+# --tuned` gives them to products of that shape with and without a prologue.
+ALONE = "dequantize-gemv,linear-gelu,linear-residual"
+
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint32": 4}
 
 
@@ -52,6 +57,8 @@ class Workload:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weight, which a decode step reads once."""
+        if self.dtype == "int4":
+            return self.outputs * self.reduced // 2
         return self.outputs * self.reduced * ITEM_BYTES[self.dtype]
 
     def to_json(self) -> dict[str, Any]:

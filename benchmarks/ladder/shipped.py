@@ -12,7 +12,7 @@ from tvm.relax.frontend import nn
 
 from gpt2_tvm.build import weight_layout
 from gpt2_tvm.passes.apply_rules import apply_rules
-from gpt2_tvm.pipeline import FUSE
+from gpt2_tvm.pipeline import PLAIN
 from gpt2_tvm.quantization import get_scheme
 from gpt2_tvm.quantization.layers import Linear, Matrix
 from gpt2_tvm.quantization.rows import dequantise_rows, quantise_rows
@@ -49,7 +49,7 @@ def build_layer(p: Problem, scheme_name: str, data: dict[str, np.ndarray]) -> Sh
     rows: Any = p.rows if p.rows == 1 else "n"
     mod, _ = Layer().export_tvm({"forward": {"x": nn.spec.Tensor((1, rows, p.k), scheme.compute_dtype)}})
     with target.tvm_target():
-        mod = tvm.transform.Sequential([make() for make in FUSE])(mod)
+        mod = tvm.transform.Sequential([make() for make in PLAIN])(mod)
     ((callee, names),) = _calls(mod["forward"])
     func = mod[callee].with_attr("global_symbol", "main")
     scheduled, hits = apply_rules(tvm.IRModule({"main": func}), make_rules(target.rules, target), target.tvm_target())

@@ -169,7 +169,7 @@ def row_attention(spec: AttentionSpec, simd_bits: int) -> Any:
                     for d in T.serial(D):
                         out[i, first + r, h * D + d] = T.Cast(dtype, ot[d, r] * rescale[r])
                 else:
-                    for d in T.vectorized(D):
+                    for d in T.serial(D):  # TVM lowers no vector of one bfloat16
                         out[i, first + r, h * D + d] = T.Cast(dtype, T.float32(0))
     # fmt: on
 

@@ -10,7 +10,7 @@ lengths     ``[b]`` int32           rows of this call that count; rows from ther
 out         ``[b, n, H*D]``         ready for the output projection; zeros in padded rows
 ==========  ======================  =====================================================================
 
-Tensors are float32 or float16; scores, softmax and sums are float32 always.
+Tensors are float32, float16 or bfloat16; scores, softmax and sums are float32 always.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from gpt2_tvm.errors import UserError
 
 MAX_HEAD_DIM = 256
-DTYPES = ("float32", "float16")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class AttentionSpec:
     """One layer's attention.
 
     n_head: heads, H. head_dim: elements a head, D, 1 to 256. capacity: slots in the cache, S.
-    dtype: of qkv, cache and out, "float32" or "float16".
+    dtype: of qkv, cache and out, "float32", "float16" or "bfloat16".
     scale: what ``q . k`` is multiplied by before the softmax (``1/sqrt(D)`` usually).
     Raises UserError for a value outside these ranges.
     """
@@ -90,9 +90,6 @@ class GpuLimits:
     def lanes(self, extent: int) -> int:
         """Elements that one thread moves at once along a contiguous axis of `extent` elements: 4, 2 or 1.
 
-        WGSL from TVM has arrays of scalars: a "vector" there is single loads a stride apart, so neighbours in
-        a block would no longer touch neighbouring words. One at a time keeps them together.
+        In WGSL too, where `schedules.webgpu_pipeline` makes arrays of vectors of what is touched in vectors alone.
         """
-        if self.kind == "webgpu":
-            return 1
         return next(lanes for lanes in (4, 2, 1) if extent % lanes == 0)

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gpt2_tvm.errors import UserError
 from gpt2_tvm.toolchains import tensor_intrin
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def lower_paged(plan: Plan) -> tuple[Lowered, dict[str, Any]]:
     from gpt2_tvm.model import ModelOptions
     from gpt2_tvm.pipeline import lower
 
+    if plan.config.pruned:
+        raise UserError("MLC's paged cache has as many heads in every layer: give a model that is not pruned")
     limits = Limits.of(plan)
     target = plan.target.tvm_target()
     with tensor_intrin.light_stack():

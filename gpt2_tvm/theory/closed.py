@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from gpt2_tvm.config import GPT2Config
+from gpt2_tvm.errors import UserError
 from gpt2_tvm.theory.dtypes import SCALED, Dtypes
 from gpt2_tvm.theory.form import B, Form, N, Number, P, S, rows_of_table
 
@@ -80,6 +81,10 @@ class Model:
     cached: bool = True
     last_row: bool = False
     fast_math: bool = False
+
+    def __post_init__(self) -> None:
+        if self.config.pruned:
+            raise UserError("the closed forms are of whole models; python -m gpt2_tvm.compare predicts pruned ones")
 
     def parts(self) -> dict[str, Work]:
         """Each of `PARTS`; MHA and MLP of all layers together."""

@@ -104,7 +104,8 @@ def count_module(plan: Plan) -> Counted:
 
 
 def _fused(plan: Plan) -> Any:
-    """The module after the pipeline's second phase, of the functions that are counted only."""
+    """The module after the pipeline's second phase, of the functions that are counted only. Fused as FuseOps does it:
+    what GPUs fuse further (passes/registry.py) saves launches, and of bytes those of one row a kernel."""
     import tvm
 
     from gpt2_tvm import pipeline
@@ -121,7 +122,7 @@ def _fused(plan: Plan) -> Any:
             if not re.match(r"(greedy|verify|keep|softmax_with_temperature)", var.name_hint)
         }
         module = tvm.IRModule(kept, attrs=module.attrs)
-        return tvm.transform.Sequential([make() for make in (*pipeline.GRAPH, *pipeline.FUSE)])(module)
+        return tvm.transform.Sequential([make() for make in (*pipeline.GRAPH, *pipeline.PLAIN)])(module)
 
 
 def _calls(func: Any) -> list[tuple[str, Sequence[str]]]:

@@ -230,7 +230,7 @@ def test_static_needs_no_device(tiny_model: Path, tmp_path: Path) -> None:
     ("arguments", "part"),
     [
         (("--sets", "only-nonsense"), "nonsense"),
-        (("--sets", ","), "--sets names no rule set"),
+        (("--sets", ","), "--sets ',' names nothing"),
         (("--rule", "cpu-gemv"), "MODULE:CLASS"),
         (("--target", "gpu"), "no target"),
         (("--quantization", "q9"), "q9"),

@@ -32,18 +32,21 @@ from tuning.report.tile import find_tile
 
 CONFIG = GPT2Config(vocab_size=97, n_positions=48, n_embd=64, n_layer=1, n_head=2)
 # The rules that `reasons` knows; of any other the line that said no has to be enough.
-IN_WORDS = {"matmul", "gemv", "reduction", "general-reduction", "cpu-matmul", "cpu-gemv", "cpu-reduction"}
+IN_WORDS = {
+    *("matmul", "gemv", "reduction", "general-reduction", "cpu-matmul", "cpu-gemv", "cpu-reduction"),
+    *("norm-gemv", "quantised-gemv", "wide-gemv", "webgpu-matmul"),
+}
 CUDA = Target({"kind": "cuda", "arch": "sm_89", "max_num_threads": 1024, "max_shared_memory_per_block": 49152})
 
 
 @cache
-def planned(target: str, attention: str = "flash") -> Plan:
-    return make_plan(CONFIG, load_target(target), attention=attention, verify_widths=(4,))
+def planned(target: str, attention: str = "flash", rules: str = "full") -> Plan:
+    return make_plan(CONFIG, load_target(target), attention=attention, verify_widths=(4,), rules=rules)
 
 
 @cache
-def lowered(target: str, attention: str = "flash") -> Any:
-    return lower_plan(planned(target, attention))[0]
+def lowered(target: str, attention: str = "flash", rules: str = "full") -> Any:
+    return lower_plan(planned(target, attention, rules))[0]
 
 
 @cache
@@ -91,7 +94,7 @@ def test_asking_gives_the_schedule_that_the_pipeline_used() -> None:
     hits = {hit.function: hit.rule for hit in low.hits}
     from gpt2_tvm.schedules.registry import make_rules
 
-    for name in ("fused_NT_matmul_add", "layer_norm2", "embed1"):
+    for name in [next(n for n, rule in hits.items() if rule == took) for took in plan.rules if took in hits.values()]:
         answers = ask(low.fused[name], make_rules(plan.rules, plan.target), plan.target.tvm_target())
         (won,) = [a for a in answers if a.won]
         assert won.rule == hits[name]
@@ -253,7 +256,7 @@ def test_the_drawing_shows_the_tile_that_the_tir_has(target: str, columns: int, 
 
 
 def test_the_nest_in_the_drawing_has_every_loop_of_the_tir() -> None:
-    func = lowered("rtx-4090").scheduled["fused_NT_matmul_add"]
+    func = lowered("rtx-4090", rules="stock").scheduled["fused_NT_matmul_add"]
     drawn = data(draw_nest(loops.loop_nest(func)), "loop")
     found: list[tuple[str, str]] = []
     from tvm import tirx
@@ -268,7 +271,7 @@ def test_the_nest_in_the_drawing_has_every_loop_of_the_tir() -> None:
 
 
 def test_a_drawing_can_stand_alone() -> None:
-    nest = loops.loop_nest(lowered("rtx-4090").scheduled["layer_norm2"])
+    nest = loops.loop_nest(lowered("rtx-4090", rules="stock").scheduled["layer_norm2"])
     alone = draw_nest(nest, "a <title>", standalone=True)
     assert xml.dom.minidom.parseString(alone).documentElement.tagName == "svg"
     assert "background:#fff" in alone and "prefers-color-scheme" not in alone  # what is around it is not known
@@ -276,13 +279,17 @@ def test_a_drawing_can_stand_alone() -> None:
 
 
 def test_a_tile_is_not_seen_where_there_is_none() -> None:
-    low = lowered("rtx-4090")
-    with_tile = {hit.function for hit in low.hits if find_tile(low.scheduled[hit.function]) is not None}
-    assert with_tile == {hit.function for hit in low.hits if hit.rule == "gemv"}
+    for rules, products in (("stock", {"gemv"}), ("full", {"gemv", "wide-gemv", "norm-gemv"})):
+        low = lowered("rtx-4090", rules=rules)
+        with_tile = {hit.function for hit in low.hits if find_tile(low.scheduled[hit.function]) is not None}
+        table = function_table(low, planned("rtx-4090", rules=rules))["functions"]
+        of_one_row = {row["name"] for row in table if "greedy_b1" in row["calls"]}
+        taken = {hit.function for hit in low.hits if hit.rule in products}
+        assert with_tile == taken & of_one_row and len(with_tile) == 5
 
 
 def test_cache_stages_have_the_size_of_one_block_and_one_thread() -> None:
-    low, plan = lowered("rtx-4090"), planned("rtx-4090")
+    low, plan = lowered("rtx-4090", rules="stock"), planned("rtx-4090", rules="stock")
     rows = {row["name"]: row for row in function_table(low, plan)["functions"]}
     checked = 0
     for name, row in rows.items():
@@ -337,7 +344,7 @@ def test_a_compiler_that_is_missing_is_a_note(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_numbers_of_symbolic_functions_are_for_the_sizes_that_are_named() -> None:
-    made = {f.name: f for f in report("webgpu").functions}
+    made = {f.name: f for f in facts.collect(planned("webgpu", rules="stock"), "tiny").functions}
     decode, prefill = made["layer_norm2"], made["layer_norm"]
     assert prefill.sizes == {"b": 1, "n": 24, "p": 0} and decode.sizes["n"] == 1
     weights = 2 * 64 * 4

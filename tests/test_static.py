@@ -100,7 +100,7 @@ def test_every_function_has_its_kernels(tiny_model: Path, target: str, quantizat
 
 
 def test_cuda_matmul_and_gemv(tiny_model: Path) -> None:
-    rows = {row["kernel"]: row for row in rows_of(tiny_model, "rtx-4090", "q0f16")}
+    rows = {row["kernel"]: row for row in rows_of(tiny_model, "rtx-4090", "q0f16", "stock")}
     matmuls = [row for row in rows.values() if row["rule"] == "matmul"]
     gemvs = [row for row in rows.values() if row["rule"] == "gemv"]
     assert matmuls and gemvs
@@ -150,13 +150,13 @@ def test_shared_memory_is_what_the_schedule_asks_for(tiny_model: Path) -> None:
             continue
         found = rows[f"{function['name']}_kernel"]["shared_bytes"]
         compared.add(function["rule"])
-        if function["rule"] in ("matmul", "fallback"):
+        if function["rule"] in ("webgpu-matmul", "fallback"):
             assert found == asked, function["name"]
-        elif function["rule"] == "ours":  # TVM leaves out the padding at the end of a tile
-            assert 0.95 * asked <= found <= asked, function["name"]
+        elif function["rule"] in ("ours", "webgpu-gemv"):  # TVM leaves out the padding at the end of a tile
+            assert 0.9 * asked <= found <= asked, function["name"]
         else:
             assert found >= asked, function["name"]
-    assert {"matmul", "fallback", "ours", "gemv"} <= compared
+    assert {"webgpu-matmul", "webgpu-gemv", "fallback", "ours"} <= compared
 
 
 def test_cpu_vectors_are_the_targets(wide_model: Path) -> None:
@@ -203,7 +203,7 @@ def test_notes_of_spills(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     plan, lowered, executable = compiled(tiny_model, "rtx-4090", "q0f16")
     spilling = written("sm_89", "__launch_bounds__(1024, 1)")["keep_many"]
-    name = next(hit.function for hit in lowered.hits if hit.rule == "gemv") + "_kernel"
+    name = next(hit.function for hit in lowered.hits if hit.rule == "norm-gemv") + "_kernel"
     renamed = sass.Kernel("sm_89", name, spilling.counts, 64, spilling.stack, spilling.listing)
     monkeypatch.setattr(sass, "kernels", lambda library: [renamed])
     (record,) = kernel_resources(plan, lowered, executable, b"").values()

@@ -64,7 +64,8 @@ def config_for(shape: GemvShape, target: Target) -> GemvConfig:
         vec_c=vec_c,
         s_axis="x" if kind == "metal" else "y",
         shared_vector=True,
-        vec_shared=1 if kind == "webgpu" else 4,
+        # TVM's Metal code generator fails where a shared buffer is written in twos and read in fours
+        vec_shared=1 if kind in ("webgpu", "metal") else 4,
         unroll=64 if kind == "webgpu" else 256,
     )
 

@@ -15,8 +15,12 @@ from tvm import ir, s_tir, tirx
 
 from gpt2_tvm.expressions import Text, combine
 from gpt2_tvm.schedules.cpu_matmul import GEMV_ROWS
+from gpt2_tvm.schedules.gemv_match import MAX_ROWS
 from tuning.report.loops import extent_text
 
+QUANTISED = ("int8", "uint32")  # weights in integers, as they are or in words
+NO_PRODUCT = "it is no product of a weight with rows"
+OF_FEW_ROWS = ("norm-gemv", "quantised-gemv", "wide-gemv", "webgpu-gemv")
 _COMBINERS = {"Add": "sum", "Max": "maximum", "Min": "minimum", "Mul": "product"}
 
 
@@ -24,10 +28,11 @@ _COMBINERS = {"Add": "sum", "Max": "maximum", "Min": "minimum", "Mul": "product"
 class Work:
     """What an unscheduled function does, as far as rules care.
 
-    reductions: "sum", "maximum" ... of each stage that reduces. stages: how many loop nests. product: whether the first
-    reduction sums products of two buffers. rows: then the extent of the smaller factor's own axes (1 in a matrix-vector
-    product), else None. batch: of the axes that both factors share. packed: whether the weight lies in panels
-    [P, K, NR].
+    reductions: "sum", "maximum" ... of each stage that reduces. stages: how many loop nests. product: whether a
+    reduction, the last such, sums products of two buffers. rows: then the extent of the smaller factor's own axes (1 in
+    a matrix-vector product), else None. batch: of the axes that both factors share. packed: whether the weight lies in
+    panels [P, K, NR]. prologue: whether the function reduces first, to compute what the product multiplies. quantised:
+    whether its weight is stored in integers.
     """
 
     reductions: tuple[str, ...]
@@ -36,6 +41,8 @@ class Work:
     rows: Text | None
     batch: Text
     packed: bool
+    prologue: bool
+    quantised: bool
 
 
 def work_of(func: tirx.PrimFunc) -> Work:
@@ -45,20 +52,28 @@ def work_of(func: tirx.PrimFunc) -> Work:
         func.body, [(s_tir.SBlock, lambda b: blocks.append(b) if b.iter_vars else None)], order="pre"
     )
     reducing = [block for block in blocks if block.init is not None]
-    factors = _factors(reducing[0]) if reducing else None
-    rows, batch, packed = _rows(reducing[0], factors) if factors else (None, 1, False)
+    at = max((i for i, block in enumerate(reducing) if _factors(block)), default=None)
+    factors = _factors(reducing[at]) if at is not None else None
+    rows, batch, packed = _rows(reducing[at], factors) if at is not None and factors else (None, 1, False)
     kinds = tuple(kind for block in reducing for kind in _combiners(block))
-    return Work(kinds, len(blocks), factors is not None, rows, batch, packed)
+    quantised = any(str(getattr(param, "dtype", "")) in QUANTISED for param in func.params)
+    return Work(kinds, len(blocks), factors is not None, rows, batch, packed, bool(at), quantised)
 
 
 def why_not(rule: str, work: Work) -> str:
     """Why the rule of this name declines such a function, one sentence without a full stop; "" if it cannot be told."""
+    if rule in OF_FEW_ROWS:
+        return _why_not_few_rows(rule, work)
     if rule in ("matmul", "gemv", "reduction", "general-reduction", "dlight-cpu-gemv", "dlight-cpu-reduction"):
         if not work.reductions:
             return "it sums nothing: no stage of the function has a reduction"
         several = len(work.reductions) > 1
         if several and rule != "general-reduction":
             return f"it reduces {len(work.reductions)} times ({', '.join(work.reductions)}); the rule takes exactly one"
+        if several and work.product:
+            return (
+                "it reduces first over one row and then, in a product, over another axis; the rule wants the same axes"
+            )
     if rule == "matmul":
         if not work.product:
             return f"its {work.reductions[0]} is not over products of two matrices"
@@ -81,6 +96,11 @@ def why_not(rule: str, work: Work) -> str:
             return f"its only stage is the {work.reductions[0]}; the rule wants an elementwise stage at the end"
         if work.product and work.rows != 1:
             return "its stages do not all walk the same axes with the sum innermost"
+    elif rule == "webgpu-matmul":
+        if not work.product:
+            return NO_PRODUCT
+        if work.prologue:
+            return "it reduces before the product, and every block would have to do that again for all of its rows"
     elif rule in ("cpu-matmul", "cpu-gemv"):
         if not (work.product and work.packed):
             return "it is not a product with a weight in panels"
@@ -90,6 +110,25 @@ def why_not(rule: str, work: Work) -> str:
             return f"{_rows_text(work.rows)}: the rule takes 1 to {GEMV_ROWS} rows, known at compile time"
     elif rule == "cpu-reduction" and work.product:
         return "it is a product of matrices, not work on one row at a time"
+    return ""
+
+
+def _why_not_few_rows(rule: str, work: Work) -> str:
+    """`why_not` for our rules of products with few rows on GPUs."""
+    if not work.product:
+        return NO_PRODUCT
+    if not isinstance(work.rows, int) or work.rows > MAX_ROWS:
+        return f"{_rows_text(work.rows)}: the rule takes 1 to {MAX_ROWS} rows, known at compile time"
+    if rule == "norm-gemv" and not work.prologue:
+        return "its vector comes as it is: nothing before the product has to be reduced for it"
+    if rule == "quantised-gemv" and not work.quantised:
+        return "its weight is stored in floating point"
+    if rule in ("quantised-gemv", "wide-gemv") and work.prologue:
+        return "it reduces before the product to compute its vector, which is norm-gemv's work"
+    if rule == "wide-gemv" and work.quantised:
+        return "its weight is stored in integers, which is quantised-gemv's work"
+    if rule == "wide-gemv":
+        return "a row of its weight does not divide into loads of 16 bytes for at least four threads"
     return ""
 
 

@@ -259,6 +259,15 @@ def _greedy(params: list[_Buffer]) -> Work:
     return _all("+", logits.bytes, small, token.bytes), logits.elements
 
 
+def _sample(params: list[_Buffer]) -> Work:
+    """Without top-k and top-p, whose halvings depend on the settings and read the logits again: two comparisons, six
+    operations for the noise (two of them logarithms, two negations) and four to scale and add it, a logit."""
+    logits, settings, choice, token, positions, _ = params
+    small = combine("*", 2, combine("+", token.bytes, positions.bytes))
+    nbytes = _all("+", logits.bytes, settings.bytes, choice.bytes, small, token.bytes)
+    return nbytes, _all("*", 12, logits.elements)
+
+
 def _log_prob(params: list[_Buffer]) -> Work:
     """Maximum, subtract, exp and add a logit; then a logarithm and two subtractions a row."""
     logits, _, out = params
@@ -277,5 +286,6 @@ OURS: dict[str, Callable[[list[_Buffer]], Work]] = {
     "kv_append": _append,
     "keep_branch": _keep,
     "greedy_advance": _greedy,
+    "sample_advance": _sample,
     "log_prob": _log_prob,
 }

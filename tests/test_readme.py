@@ -46,6 +46,7 @@ def test_a_command_of_the_readme_is_one_that_its_program_takes(line: str) -> Non
 
     package = importlib.util.find_spec(module).submodule_search_locations is not None
     command = get_command(importlib.import_module(f"{module}.__main__" if package else module).app)
+    command = getattr(command, "commands", {}).get(arguments[0], command) if arguments else command  # prune once
     options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     used = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
     assert [name for name in used if name not in {*options, "--help"}] == []

@@ -223,7 +223,8 @@ def decode_attention(
                                 )
                             put(q_tile, e * lanes, raw, wide)
                     for r in T.unroll(height):
-                        top[r] = T.float32(MASKED)
+                        # Above MASKED: where all is masked so far, exp2(MASKED - top) is 0, and no branch asks for it.
+                        top[r] = T.float32(MASKED / 2)
                         total[r] = T.float32(0)
                         for lane in T.unroll(4):
                             acc[r, lane] = T.float32(0)
@@ -293,8 +294,7 @@ def decode_attention(
                                 for lane in T.unroll(4):
                                     acc[r, lane] = acc[r, lane] * rise[0]
                                 for i in T.unroll(SLOTS):
-                                    # Where all is masked so far the maximum is no score, and exp2(0) no weight.
-                                    p[i] = T.Select(p[i] > T.float32(MASKED / 2), T.exp2(p[i] - top[r]), T.float32(0))
+                                    p[i] = T.exp2(p[i] - top[r])
                                     total[r] = total[r] + p[i]
                                     for lane in T.unroll(4):
                                         acc[r, lane] = acc[r, lane] + p[i] * T.Cast("float32", values[i * 4 + lane])

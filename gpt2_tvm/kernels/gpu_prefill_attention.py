@@ -203,9 +203,10 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
                         for r in T.unroll(height):
                             rise[r] = T.float32(MASKED)
                             for c in T.unroll(cols):
-                                score[r, c] = T.Select(
+                                # A sum, not a choice: behind WGSL a choice between loads is a branch.
+                                score[r, c] = score[r, c] * T.float32(scale) + T.Select(
                                     step * keys + c * ACROSS + tx <= first + row0 + ty + r,
-                                    score[r, c] * T.float32(scale),
+                                    T.float32(0),
                                     T.float32(MASKED),
                                 )
                                 rise[r] = T.max(rise[r], score[r, c])
@@ -249,13 +250,13 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
                         total[r] = T.float32(0)
                         for x in T.unroll(ACROSS):
                             total[r] = total[r] + meet[ty + r, x]
-                        total[r] = T.float32(1) / total[r]
+                        if row0 + ty + r < length:
+                            total[r] = T.float32(1) / total[r]
+                        else:
+                            total[r] = T.float32(0)
                         for j in T.unroll(mine):
                             for lane in T.unroll(4):
-                                raw[lane] = T.Cast(
-                                    dtype,
-                                    T.Select(row0 + ty + r < length, acc[r, j, lane] * total[r], T.float32(0)),
-                                )
+                                raw[lane] = T.Cast(dtype, acc[r, j, lane] * total[r])
                             for part in T.unroll(4 // lanes):
                                 at: T.let[T.int32] = (j * ACROSS + tx) * 4 + part * lanes
                                 if row0 + ty + r < n_rows and at < head_dim:

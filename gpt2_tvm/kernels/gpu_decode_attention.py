@@ -35,6 +35,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from gpt2_tvm.errors import UserError
+from gpt2_tvm.kernels.gpu_combine_splits import combine_splits, live_slots, steps_of
 from gpt2_tvm.kernels.gpu_prefill_attention import MASKED, padded, steps
 from gpt2_tvm.kernels.spec import AttentionSpec, GpuLimits
 
@@ -117,11 +118,6 @@ def decode_attention(
     scale = spec.scale * math.log2(math.e)
     workspace = (batch, rows, n_head, count, head_dim + 2)
     out_shape, out_dtype = ((batch, rows, width), dtype) if count == 1 else (workspace, "float32")
-
-    def live(positions: Any, lengths: Any, seq: Any) -> Any:
-        """Slots that this call may look at."""
-        first = T.max(T.min(positions[seq], capacity), 0)
-        return T.Select(lengths[seq] > 0, T.min(first + T.min(lengths[seq], rows), capacity), 0)
 
     def tiles_a_split(slots: Any) -> Any:
         return steps_of(steps_of(slots, tile), count)
@@ -250,7 +246,7 @@ def decode_attention(
                     key: T.let[T.int32] = tid % tile
                     line: T.let[T.int32] = tid // tile
                     first: T.let[T.int32] = T.max(T.min(positions[seq], capacity), 0)
-                    end: T.let[T.int32] = live(positions, lengths, seq)
+                    end: T.let[T.int32] = live_slots(positions, lengths, seq, rows, capacity)
                     share: T.let[T.int32] = tiles_a_split(end)
                     last: T.let[T.int32] = T.max(first - 1, 0) if append else end - 1  # slot to read in the cache
 
@@ -285,7 +281,8 @@ def decode_attention(
                                 e: T.let[T.int32] = i * threads + tid
                                 row: T.let[T.int32] = e // (runs * pieces)
                                 col: T.let[T.int32] = e % (runs * pieces) * lanes
-                                if e < tile * runs * pieces and col < head_dim and (not append or slot0[0] + row < first):
+                                old: T.let[T.bool] = not append or slot0[0] + row < first
+                                if e < tile * runs * pieces and col < head_dim and old:
                                     for lane in T.vectorized(lanes):
                                         raw[lane] = cache[0, seq, head, T.min(slot0[0] + row, last), col + lane]
                                     put(stage, row * stride + col, raw, wide)
@@ -424,46 +421,10 @@ def decode_attention(
             T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": 8})
             body(qkv, positions, lengths, positions, cache, out)
 
+    # fmt: on
     if count == 1:
         return DecodeKernels(_named(partial, spec, splits, append), None, None)
-    blocks = steps(width, threads)
-
-    @T.prim_func(private=True, s_tir=True)
-    def combine(
-        parts: T.Buffer(workspace, "float32"),
-        positions: T.Buffer((batch,), "int32"),
-        lengths: T.Buffer((batch,), "int32"),
-        out: T.Buffer((batch, rows, width), dtype),
-    ):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": 8})
-        merged = T.sblock_alloc_buffer((3,), "float32", scope="local")  # maximum, sum, weighted sum
-        for bx in T.thread_binding(batch * rows, thread="blockIdx.x"):
-            for by in T.thread_binding(blocks, thread="blockIdx.y"):
-                for tid in T.thread_binding(threads, thread="threadIdx.x"):
-                    seq: T.let[T.int32] = bx // rows
-                    row: T.let[T.int32] = bx % rows
-                    e: T.let[T.int32] = by * threads + tid
-                    head: T.let[T.int32] = e // head_dim
-                    tiles: T.let[T.int32] = steps_of(live(positions, lengths, seq), tile)
-                    share: T.let[T.int32] = T.max(steps_of(tiles, count), 1)
-                    if e < width:
-                        merged[0] = T.float32(MASKED)
-                        merged[1] = T.float32(0)
-                        merged[2] = T.float32(0)
-                        # Splits past the last tile wrote sums of nothing; they are not worth reading.
-                        for s in T.serial(steps_of(tiles, share)):
-                            merged[0] = T.max(merged[0], parts[seq, row, head, s, head_dim])
-                        for s in T.serial(steps_of(tiles, share)):
-                            weight: T.let[T.float32] = T.exp2(parts[seq, row, head, s, head_dim] - merged[0])
-                            merged[1] = merged[1] + weight * parts[seq, row, head, s, head_dim + 1]
-                            merged[2] = merged[2] + weight * parts[seq, row, head, s, e % head_dim]
-                        out[seq, row, e] = T.Cast(
-                            dtype,
-                            T.if_then_else(
-                                row < lengths[seq] and merged[1] > T.float32(0), merged[2] / merged[1], T.float32(0)
-                            ),
-                        )
-    # fmt: on
+    combine = combine_splits(spec, threads, batch, rows, count, tile)
     return DecodeKernels(_named(partial, spec, splits, append), combine, workspace)
 
 
@@ -472,8 +433,3 @@ def _named(partial: PrimFunc, spec: AttentionSpec, splits: int | None, append: b
     named = partial.with_attr("attention_scale", tirx.FloatImm("float64", spec.scale))
     named = named.with_attr("attention_append", append)
     return named if splits is None else named.with_attr("attention_splits", splits)
-
-
-def steps_of(elements: Any, by: Any) -> Any:
-    """`steps` for TIR expressions."""
-    return (elements + by - 1) // by

@@ -264,19 +264,15 @@ def _write(
     start = time.perf_counter()
     toolchains.prepare(plan.target)
     say("importing TVM", 0.02)
-    import tvm
 
     from gpt2_tvm.inventory import function_table
     from gpt2_tvm.passes.cuda_graph import graph_steps
-    from gpt2_tvm.schedules.webgpu_pipeline import pipeline_name
 
     with toolchains.compiling(plan.target) as tvm_target:
         say("lowering and scheduling", 0.1)
         lowered, names = lower_plan(plan, dump_ir)
         say(f"building {len(lowered.hits)} functions for {plan.target.name}", 0.3)
-        executable = tvm.compile(
-            lowered.final, target=tvm_target, relax_pipeline=None, tir_pipeline=pipeline_name(tvm_target)
-        )
+        executable = toolchains.build(lowered.final, tvm_target)
         for folder in (Path(tempfile.gettempdir()), work):
             require_room(folder, OBJECT_BYTES)  # LLVM ends the process when it cannot write
         libraries = toolchains.export(executable, plan.target, work)

@@ -8,12 +8,14 @@ is compared as a whole.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 from wgsl_harness import run
 
 from gpt2_tvm.errors import UserError
+from gpt2_tvm.kernels.attention_forms import direct
 from gpt2_tvm.kernels.gpu_decode_attention import choose_splits, decode_attention
 from gpt2_tvm.kernels.gpu_keep import keep_branch
 from gpt2_tvm.kernels.gpu_kv_append import kv_append
@@ -87,6 +89,13 @@ class Case:
             assert not result[sequence, max(length, 0) :].any(), "padded rows are zeros"
 
 
+def forms(kernel: Any) -> list[Any]:
+    """An attention kernel, and the one for software devices in its place, where there is one."""
+    other = direct(kernel, WEBGPU)
+    assert (other is None) == (int(kernel.params[3].shape[-1]) % 4 > 0)
+    return [kernel] if other is None else [kernel, other]
+
+
 # -- kv_append ----------------------------------------------------------------------------------------------
 
 
@@ -130,16 +139,16 @@ def test_append_stays_inside_the_cache_whatever_it_is_told() -> None:
 )
 def test_prefill(head_dim: int, dtype: str, rows: int, positions: list[int], lengths: list[int]) -> None:
     case = Case(make_spec(head_dim, 100, dtype), rows, positions, lengths)
-    kernel = prefill_attention(case.spec, WEBGPU)
-    result = run(kernel, [case.qkv, case.positions, case.lengths, case.appended(), case.out])[-1]
-    case.assert_close(result, case.attention())
+    for kernel in forms(prefill_attention(case.spec, WEBGPU)):
+        result = run(kernel, [case.qkv, case.positions, case.lengths, case.appended(), case.out])[-1]
+        case.assert_close(result, case.attention())
 
 
 def test_prefill_of_a_full_cache_of_odd_size() -> None:
     case = Case(make_spec(64, 37), 37, [0, 36], [37, 1])
-    kernel = prefill_attention(case.spec, WEBGPU)
-    result = run(kernel, [case.qkv, case.positions, case.lengths, case.appended(), case.out])[-1]
-    case.assert_close(result, case.attention())
+    for kernel in forms(prefill_attention(case.spec, WEBGPU)):
+        result = run(kernel, [case.qkv, case.positions, case.lengths, case.appended(), case.out])[-1]
+        case.assert_close(result, case.attention())
 
 
 def test_prefill_of_scores_far_apart() -> None:
@@ -147,11 +156,9 @@ def test_prefill_of_scores_far_apart() -> None:
     case = Case(make_spec(64, 100), 70, [0], [70])
     case.qkv[0, :, :64] = 1.0
     case.qkv[0, :, 128:192] = np.linspace(-6, 6, 70)[:, None]  # scores of one head from about -70 to 70
-    result = run(
-        prefill_attention(case.spec, WEBGPU),
-        [case.qkv, case.positions, case.lengths, case.appended(), case.out],
-    )
-    case.assert_close(result[-1], case.attention(), atol=1e-4)  # a score of 100 in float32 is right to 1e-5
+    for kernel in forms(prefill_attention(case.spec, WEBGPU)):
+        result = run(kernel, [case.qkv, case.positions, case.lengths, case.appended(), case.out])
+        case.assert_close(result[-1], case.attention(), atol=1e-4)  # a score of 100 in float32 is right to 1e-5
 
 
 @pytest.mark.parametrize("limits", [WEBGPU, CUDA, GpuLimits("metal", 64, 16384, 32)])
@@ -168,14 +175,19 @@ def test_prefill_tiles_fit_the_device(limits: GpuLimits, dtype: str) -> None:
 
 
 def split(case: Case, append: bool, tree: np.ndarray | None = None, splits: int | None = None) -> np.ndarray:
-    """Both launches; with append, the cache afterwards is checked too."""
+    """Both launches; with append, the cache afterwards is checked too, and so is what the direct form makes of it."""
     batch = len(case.positions)
     kernels = decode_attention(case.spec, WEBGPU, batch, case.rows, tree is not None, append, splits)
     cache = case.cache if append else case.appended()
     last = case.out if kernels.workspace is None else np.full(kernels.workspace, np.nan, np.float32)
     trees = [] if tree is None else [tree]
-    held = run(kernels.partial, [case.qkv, case.positions, case.lengths, cache, *trees, last])
+    held, *others = (
+        run(kernel, [case.qkv, case.positions, case.lengths, cache, *trees, last]) for kernel in forms(kernels.partial)
+    )
     np.testing.assert_array_equal(held[3], case.appended())
+    for other in others:
+        np.testing.assert_array_equal(other[3], case.appended())
+        np.testing.assert_allclose(other[-1].astype(np.float64), held[-1].astype(np.float64), atol=2e-5, rtol=2e-3)
     if kernels.combine is None:
         return held[-1]
     return run(kernels.combine, [held[-1], case.positions, case.lengths, case.out])[-1]

@@ -20,6 +20,7 @@ from gpt2_tvm.artifact import Artifact, open_artifact
 from gpt2_tvm.engine import Engine
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.runners.web import Agent, WebRunner
+from targets import load_target
 
 pytestmark = pytest.mark.heavy
 
@@ -49,6 +50,16 @@ def agent(small: Path) -> Iterator[Agent]:
     made.close()
 
 
+@pytest.fixture(scope="module")
+def windowed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compiled for a device that binds less than the table of tokens: kernels take it in windows."""
+    folder = tmp_path_factory.mktemp("windows")
+    text = load_target("webgpu").path.read_text(encoding="utf-8")
+    target = folder / "small.toml"
+    target.write_text(text.replace("134217728", "12300").replace('name = "webgpu"', 'name = "small"'))
+    return compile_for_the_web(str(tiny_model), folder / "tiny", target=str(target), max_seq_len=24)
+
+
 def tokens(agent: Agent, do: str = "turn") -> list[int]:
     return agent.ask({"do": do, "ids": PROMPT, "count": TOKENS})[0]["tokens"]
 
@@ -61,6 +72,21 @@ def loaded(artifact: Path) -> Callable[[], Agent]:
         return Agent(Artifact(artifact, json.loads((artifact / "manifest.json").read_text())), "node")
 
     return load
+
+
+def test_a_table_larger_than_a_binding(windowed: Path, tiny_artifact: Path) -> None:
+    """TVM's runtime binds whole buffers; the page's device binds the parts that the kernels take."""
+    web_tools.dawn_device()
+    here, agent = Engine(tiny_artifact), Agent(open_artifact(windowed), "node")
+    here.prefill(PROMPT)
+    expected = [int(i) for i in here.decode_greedy(TOKENS)[0]]
+    streamed = agent.ask({"do": "stream", "ids": PROMPT, "count": TOKENS})[0]
+    agent.close()
+    assert streamed["tokens"] == expected
+    # two windows for the embedding and two for the head: in the prefill and in each step
+    assert streamed["windows"] == 4 * (TOKENS + 1)
+    limits = open_artifact(windowed).manifest["webgpu"]["limits"]
+    assert limits["maxStorageBufferBindingSize"] <= 12300 < limits["maxBufferSize"] == 97 * 32 * 4
 
 
 def test_the_engine_does_all_of_its_calls_in_node(small: Path, tiny_artifact: Path) -> None:

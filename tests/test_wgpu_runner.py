@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,15 @@ from reference import FLOAT16, FLOAT32, assert_close
 from wgsl_harness import device
 
 from gpt2_tvm import Engine, compile_model
+from gpt2_tvm.decoding.greedy import Greedy
+from gpt2_tvm.decoding.pipelined import Pipelined
+from gpt2_tvm.decoding.strategy import Decoding
+from gpt2_tvm.decoding.tokens import Generation
 from gpt2_tvm.errors import UserError
 
 IDS = [[5, 17, 3, 96, 44, 0, 8], [1, 2], [90, 31, 64, 7]]  # ragged; the tiny model knows 97 ids
+
+PROMPT = IDS[0]
 
 Make = Callable[..., Path]
 
@@ -105,6 +112,39 @@ def test_greedy_tokens_are_those_of_step_by_step_decode(make: Make) -> None:
         steps.append(logits.argmax(-1))
         logits = engine.decode(steps[-1])
     assert tokens.tolist() == np.stack(steps, axis=1).tolist()
+
+
+def test_greedy_tokens_come_one_by_one_while_the_next_is_made(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens; each step is queued before the token before it is read, and leaving early keeps the engine."""
+    engine = Engine(make())
+    engine.prefill(PROMPT)
+    expected = engine.decode_greedy(6)[0].tolist()
+    after = int(engine.best[0])  # type: ignore[index]
+    seen: list[str] = []
+    call, later = engine.runner.call, engine.runner.later  # type: ignore[attr-defined]
+
+    def read(tensor: Any) -> Any:
+        wait, number = later(tensor), seen.count("step")
+        return lambda: (seen.append(f"read {number}"), wait())[1]
+
+    monkeypatch.setattr(engine.runner, "call", lambda *given: (seen.append("step"), call(*given))[1])
+    monkeypatch.setattr(engine.runner, "later", read)
+    engine.reset()
+    engine.prefill(PROMPT)
+    seen.clear()
+    assert list(Pipelined(engine, 6)) == expected and engine.best.tolist() == [after]  # type: ignore[union-attr]
+    steps = [["step"], *(["step", f"read {n}"] for n in range(1, 6)), ["read 6"]]
+    assert seen == [event for step in steps for event in step]
+
+    engine.reset()
+    engine.prefill(PROMPT)
+    tokens = Pipelined(engine, 6)
+    assert [next(tokens) for _ in range(3)] == expected[:3]
+    tokens.settle()
+    assert engine.positions.tolist() == [len(PROMPT) + 3]
+    assert engine.decode_greedy(3)[0].tolist() == expected[3:]
+    assert list(Generation(engine, PROMPT, 6)) == expected
+    assert Decoding(Greedy(engine), [PROMPT], 6).run() == [expected]
 
 
 def test_decode_binds_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

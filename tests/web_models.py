@@ -12,7 +12,8 @@ from gpt2_tvm.toolchains import web
 
 
 def compile_for_the_web(model: str, folder: Path, verify_widths: tuple[int, ...] = (), **choices: Any) -> Path:
-    """`model` for webgpu, and model.wasm; a skip where emcc is missing. choices: of `compile_model`."""
+    """`model` for webgpu, and model.wasm; a skip where emcc is missing. choices: of `compile_model`, another webgpu
+    target among them."""
     web_tools.emcc()
     notes: list[str] = []
 
@@ -20,6 +21,7 @@ def compile_for_the_web(model: str, folder: Path, verify_widths: tuple[int, ...]
         if share == 0.0:
             notes.append(what)
 
-    compile_model(model, "webgpu", output=folder, verify_widths=verify_widths, progress=note, **choices)
+    choices = {"target": "webgpu", **choices}
+    compile_model(model, output=folder, verify_widths=verify_widths, progress=note, **choices)
     assert not [n for n in notes if web.MODULE in n], notes
     return folder

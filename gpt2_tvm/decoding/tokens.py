@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gpt2_tvm.decoding.pipelined import Pipelined, can_pipeline
 from gpt2_tvm.decoding.sampling import check_options, sample
 from gpt2_tvm.errors import UserError
 
@@ -82,6 +83,14 @@ class Generation:
         self.finish = "length" if count == self._max_tokens else "context"
 
     def _greedy(self, count: int) -> Iterator[int]:
+        if can_pipeline(self.engine):
+            tokens = Pipelined(self.engine, count)
+            for done in range(count):
+                token = self._timed(1, lambda _: np.array(next(tokens)), 1)
+                if done + 1 == count:
+                    tokens.settle()
+                yield int(token)
+            return
         at_once = 1 if self.engine.artifact.kind == "cpu" else DEVICE_STEPS
         for done in range(0, count, at_once):
             steps = min(at_once, count - done)

@@ -17,6 +17,10 @@ The groups meet once, at the end. Up to eight rows of a sequence share the loads
 
 Slots of this call's rows are read from the cache, or from qkv itself (``append``); then the block that loads such a
 slot also writes it to the cache, and a step needs no launch for that.
+
+``direct`` is for devices whose shared memory is memory like all other: keys and queries are not brought there, and the
+groups meet row by row. (A browser clears shared memory before a kernel begins, and SwiftShader compiles that to a store
+for every element: 4,352 keys took it four seconds.)
 """
 
 # mypy: disable-error-code="valid-type,misc"
@@ -31,6 +35,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from gpt2_tvm.errors import UserError
+from gpt2_tvm.kernels.gpu_combine_splits import combine_splits, live_slots, steps_of
 from gpt2_tvm.kernels.gpu_prefill_attention import MASKED, padded, steps
 from gpt2_tvm.kernels.spec import AttentionSpec, GpuLimits
 
@@ -73,6 +78,7 @@ def decode_attention(
     tree: bool = False,
     append: bool = False,
     splits: int | None = None,
+    direct: bool = False,
 ) -> DecodeKernels:
     """Kernels for `batch` sequences of `rows` rows each, 1 to 32.
 
@@ -80,7 +86,8 @@ def decode_attention(
     with tree, where bit j of ``tree[b, i]`` (int32) is set. Rows ``i >= lengths[b]`` write zeros; so does a row that
     may look at nothing. append: k and v of the valid rows are taken from qkv and written to the cache (argument 3,
     in place); otherwise they are in the cache already. Slots at or past the capacity are neither read nor written.
-    splits: how many, instead of a choice by capacity and limits.
+    splits: how many, instead of a choice by capacity and limits. direct: as little shared memory as can be; for heads
+    of a multiple of four elements.
     Raises UserError for rows outside 1 to 32, or where a block does not fit the device.
     """
     if not 1 <= rows <= MAX_TREE_ROWS:
@@ -94,7 +101,10 @@ def decode_attention(
     chunks = steps(rows, SHARED_ROWS)  # of rows, a block each
     height = steps(rows, chunks)  # rows in a chunk; those past the last one are left out
     stride = padded(head_dim)
-    shared = 4 * (tile * stride + height * (runs * 4 + tile) + 2 * groups * height)
+    together = 1 if direct else height  # rows for which the groups meet at a time
+    staged = groups * together * runs * 4 if direct else tile * stride
+    q_staged = 1 if direct else height * runs * 4
+    shared = 4 * (staged + q_staged + height * tile + 2 * groups * together)
     if groups < 1 or shared > limits.shared_memory_bytes:
         raise UserError(
             f"flash attention over heads of {head_dim} needs blocks of {max(runs, SLOTS)} threads and {shared} bytes "
@@ -108,11 +118,6 @@ def decode_attention(
     scale = spec.scale * math.log2(math.e)
     workspace = (batch, rows, n_head, count, head_dim + 2)
     out_shape, out_dtype = ((batch, rows, width), dtype) if count == 1 else (workspace, "float32")
-
-    def live(positions: Any, lengths: Any, seq: Any) -> Any:
-        """Slots that this call may look at."""
-        first = T.max(T.min(positions[seq], capacity), 0)
-        return T.Select(lengths[seq] > 0, T.min(first + T.min(lengths[seq], rows), capacity), 0)
 
     def tiles_a_split(slots: Any) -> Any:
         return steps_of(steps_of(slots, tile), count)
@@ -142,6 +147,24 @@ def decode_attention(
                 stage[at + lane] = wide[lane]
 
     @T.inline
+    def widen(to, raw):
+        for lane in T.unroll(lanes):
+            to[lane] = T.Cast("float32", raw[lane])
+
+    @T.inline
+    def take_key(k, qkv, cache, raw, seq, head, slot, part, first, end):
+        """Four elements of a slot's key, from where it lies; past the last slot that one's."""
+        if append and slot >= first:
+            for lane in T.vectorized(4):
+                raw[lane] = qkv[
+                    seq, T.max(T.min(slot, end - 1) - first, 0), width + head * head_dim + part * 4 + lane
+                ]
+        else:
+            for lane in T.vectorized(4):
+                raw[lane] = cache[0, seq, head, T.min(slot, end - 1), part * 4 + lane]
+        widen(k, raw)
+
+    @T.inline
     def bring_new_rows(qkv, cache, stage, values, raw, wide, seq, head, row0, run, group, slot0, first, end, tid):
         """This call's rows among the tile's slots: from qkv, and into the cache (by the first chunk's block)."""
         for i in T.serial(steps(rows * runs * pieces, threads)):
@@ -150,9 +173,10 @@ def decode_attention(
             col: T.let[T.int32] = e % (runs * pieces) * lanes
             at: T.let[T.int32] = head * head_dim + col
             if first + row >= slot0 and first + row < T.min(slot0 + tile, end) and row < rows and col < head_dim:
-                for lane in T.vectorized(lanes):
-                    raw[lane] = qkv[seq, row, width + at + lane]
-                put(stage, (first + row - slot0) * stride + col, raw, wide)
+                if not direct:
+                    for lane in T.vectorized(lanes):
+                        raw[lane] = qkv[seq, row, width + at + lane]
+                    put(stage, (first + row - slot0) * stride + col, raw, wide)
                 if row0 == 0:
                     for part in T.unroll(2):
                         for lane in T.vectorized(lanes):
@@ -170,11 +194,30 @@ def decode_attention(
                         ]
 
     @T.inline
+    def give(out, raw, sums, merged, seq, row, head, split, d, lengths):
+        if count == 1:
+            for lane in T.unroll(lanes):
+                raw[lane] = T.Cast(
+                    dtype,
+                    T.if_then_else(
+                        row < lengths[seq] and merged[1] > T.float32(0), sums[lane] / merged[1], T.float32(0)
+                    ),
+                )
+            for lane in T.vectorized(lanes):
+                out[seq, row, head * head_dim + d + lane] = raw[lane]
+        else:
+            for lane in T.vectorized(lanes):
+                out[seq, row, head, split, d + lane] = sums[lane]
+            if d == 0:
+                out[seq, row, head, split, head_dim] = merged[0]
+                out[seq, row, head, split, head_dim + 1] = merged[1]
+
+    @T.inline
     def body(qkv, positions, lengths, mask, cache, out):
-        stage = T.sblock_alloc_buffer((tile * stride,), "float32", scope="shared")  # keys; at the end sums of groups
-        q_tile = T.sblock_alloc_buffer((height * runs * 4,), "float32", scope="shared")
+        stage = T.sblock_alloc_buffer((staged,), "float32", scope="shared")  # keys; at the end sums of groups
+        q_tile = T.sblock_alloc_buffer((q_staged,), "float32", scope="shared")
         scores = T.sblock_alloc_buffer((height * tile,), "float32", scope="shared")
-        meet = T.sblock_alloc_buffer((groups, height, 2), "float32", scope="shared")  # maximum, sum
+        meet = T.sblock_alloc_buffer((groups, together, 2), "float32", scope="shared")  # maximum, sum
         # One-element buffers: a let would be written out again wherever it is used, and again in what uses that.
         slot0 = T.sblock_alloc_buffer((1,), "int32", scope="local")
         slot = T.sblock_alloc_buffer((1,), "int32", scope="local")
@@ -203,27 +246,29 @@ def decode_attention(
                     key: T.let[T.int32] = tid % tile
                     line: T.let[T.int32] = tid // tile
                     first: T.let[T.int32] = T.max(T.min(positions[seq], capacity), 0)
-                    end: T.let[T.int32] = live(positions, lengths, seq)
+                    end: T.let[T.int32] = live_slots(positions, lengths, seq, rows, capacity)
                     share: T.let[T.int32] = tiles_a_split(end)
                     last: T.let[T.int32] = T.max(first - 1, 0) if append else end - 1  # slot to read in the cache
 
-                    for i in T.serial(steps(height * runs * pieces, threads)):
-                        e: T.let[T.int32] = i * threads + tid
-                        row: T.let[T.int32] = row0 + e // (runs * pieces)
-                        col: T.let[T.int32] = e % (runs * pieces) * lanes
-                        if e < height * runs * pieces:
-                            for lane in T.vectorized(lanes):
-                                raw[lane] = T.if_then_else(
-                                    col < head_dim and row < rows,
-                                    qkv[
-                                        seq, T.min(row, rows - 1),
-                                        head * head_dim + T.min(col, head_dim - lanes) + lane,
-                                    ],
-                                    T.Cast(dtype, 0),
-                                )
-                            put(q_tile, e * lanes, raw, wide)
+                    if not direct:
+                        for i in T.serial(steps(height * runs * pieces, threads)):
+                            e: T.let[T.int32] = i * threads + tid
+                            row: T.let[T.int32] = row0 + e // (runs * pieces)
+                            col: T.let[T.int32] = e % (runs * pieces) * lanes
+                            if e < height * runs * pieces:
+                                for lane in T.vectorized(lanes):
+                                    raw[lane] = T.if_then_else(
+                                        col < head_dim and row < rows,
+                                        qkv[
+                                            seq, T.min(row, rows - 1),
+                                            head * head_dim + T.min(col, head_dim - lanes) + lane,
+                                        ],
+                                        T.Cast(dtype, 0),
+                                    )
+                                put(q_tile, e * lanes, raw, wide)
                     for r in T.unroll(height):
-                        top[r] = T.float32(MASKED)
+                        # Above MASKED: where all is masked so far, exp2(MASKED - top) is 0, and no branch asks for it.
+                        top[r] = T.float32(MASKED / 2)
                         total[r] = T.float32(0)
                         for lane in T.unroll(4):
                             acc[r, lane] = T.float32(0)
@@ -231,17 +276,19 @@ def decode_attention(
                     for step in T.serial(T.max(T.min(share, steps_of(end, tile) - split * share), 0)):
                         slot0[0] = (split * share + step) * tile
                         # 1. Past the last slot it is read again: no branch between loads, and its score is masked.
-                        for i in T.serial(steps(tile * runs * pieces, threads)):
-                            e: T.let[T.int32] = i * threads + tid
-                            row: T.let[T.int32] = e // (runs * pieces)
-                            col: T.let[T.int32] = e % (runs * pieces) * lanes
-                            if e < tile * runs * pieces and col < head_dim and (not append or slot0[0] + row < first):
-                                for lane in T.vectorized(lanes):
-                                    raw[lane] = cache[0, seq, head, T.min(slot0[0] + row, last), col + lane]
-                                put(stage, row * stride + col, raw, wide)
-                            elif e < tile * runs * pieces and col >= head_dim:
-                                for lane in T.vectorized(lanes):
-                                    stage[row * stride + col + lane] = T.float32(0)
+                        if not direct:
+                            for i in T.serial(steps(tile * runs * pieces, threads)):
+                                e: T.let[T.int32] = i * threads + tid
+                                row: T.let[T.int32] = e // (runs * pieces)
+                                col: T.let[T.int32] = e % (runs * pieces) * lanes
+                                old: T.let[T.bool] = not append or slot0[0] + row < first
+                                if e < tile * runs * pieces and col < head_dim and old:
+                                    for lane in T.vectorized(lanes):
+                                        raw[lane] = cache[0, seq, head, T.min(slot0[0] + row, last), col + lane]
+                                    put(stage, row * stride + col, raw, wide)
+                                elif e < tile * runs * pieces and col >= head_dim:
+                                    for lane in T.vectorized(lanes):
+                                        stage[row * stride + col + lane] = T.float32(0)
                         for i in T.unroll(SLOTS):
                             slot[0] = T.min(slot0[0] + i * groups + group, last)
                             for piece in T.unroll(pieces):
@@ -255,20 +302,32 @@ def decode_attention(
                                 qkv, cache, stage, values, raw, wide,
                                 seq, head, row0, run, group, slot0[0], first, end, tid,
                             )
-                        T.tvm_storage_sync("shared")
+                        if not direct:
+                            T.tvm_storage_sync("shared")
 
                         # 2.
                         if line < lines:
                             for r in T.unroll(per_line):
                                 score[r] = T.float32(0)
                             for part in T.serial(runs):
-                                for lane in T.vectorized(4):
-                                    k[lane] = stage[key * stride + part * 4 + lane]
-                                for r in T.unroll(per_line):
+                                if direct:
+                                    take_key(k, qkv, cache, raw, seq, head, slot0[0] + key, part, first, end)
+                                else:
                                     for lane in T.vectorized(4):
-                                        q[lane] = q_tile[
-                                            T.min(r * lines + line, height - 1) * (runs * 4) + part * 4 + lane
-                                        ]
+                                        k[lane] = stage[key * stride + part * 4 + lane]
+                                for r in T.unroll(per_line):
+                                    if direct:
+                                        for lane in T.vectorized(4):
+                                            raw[lane] = qkv[
+                                                seq, T.min(row0 + T.min(r * lines + line, height - 1), rows - 1),
+                                                head * head_dim + part * 4 + lane,
+                                            ]
+                                        widen(q, raw)
+                                    else:
+                                        for lane in T.vectorized(4):
+                                            q[lane] = q_tile[
+                                                T.min(r * lines + line, height - 1) * (runs * 4) + part * 4 + lane
+                                            ]
                                     for lane in T.unroll(4):
                                         score[r] = score[r] + k[lane] * q[lane]
                             for r in T.unroll(per_line):
@@ -293,59 +352,47 @@ def decode_attention(
                                 for lane in T.unroll(4):
                                     acc[r, lane] = acc[r, lane] * rise[0]
                                 for i in T.unroll(SLOTS):
-                                    # Where all is masked so far the maximum is no score, and exp2(0) no weight.
-                                    p[i] = T.Select(p[i] > T.float32(MASKED / 2), T.exp2(p[i] - top[r]), T.float32(0))
+                                    p[i] = T.exp2(p[i] - top[r])
                                     total[r] = total[r] + p[i]
                                     for lane in T.unroll(4):
                                         acc[r, lane] = acc[r, lane] + p[i] * T.Cast("float32", values[i * 4 + lane])
 
                     # The groups meet. `stage` is free: all scores of the last tile were read after a barrier.
-                    if group < groups:
-                        for r in T.unroll(height):
-                            for piece in T.unroll(pieces):
-                                if column(run, piece) < head_dim:
+                    for r0 in T.unroll(height // together):
+                        if group < groups:
+                            for r in T.unroll(together):
+                                for piece in T.unroll(pieces):
+                                    if column(run, piece) < head_dim:
+                                        for lane in T.vectorized(lanes):
+                                            stage[
+                                                (group * together + r) * head_dim + column(run, piece) + lane
+                                            ] = acc[r0 * together + r, piece * lanes + lane]
+                                if run == 0:
+                                    meet[group, r, 0] = top[r0 * together + r]
+                                    meet[group, r, 1] = total[r0 * together + r]
+                        T.tvm_storage_sync("shared")
+                        for i in T.serial(steps(together * head_dim // lanes, threads)):
+                            e: T.let[T.int32] = i * threads + tid
+                            r: T.let[T.int32] = e // (head_dim // lanes)
+                            row: T.let[T.int32] = row0 + r0 * together + r
+                            d: T.let[T.int32] = e % (head_dim // lanes) * lanes
+                            if e < together * head_dim // lanes and row < rows:
+                                merged[0] = T.float32(MASKED)
+                                merged[1] = T.float32(0)
+                                for lane in T.vectorized(lanes):
+                                    sums[lane] = T.float32(0)
+                                for g in T.unroll(groups):
+                                    merged[0] = T.max(merged[0], meet[g, r, 0])
+                                for g in T.unroll(groups):
+                                    weight: T.let[T.float32] = T.exp2(meet[g, r, 0] - merged[0])
+                                    merged[1] = merged[1] + weight * meet[g, r, 1]
                                     for lane in T.vectorized(lanes):
-                                        stage[(group * height + r) * head_dim + column(run, piece) + lane] = acc[
-                                            r, piece * lanes + lane
-                                        ]
-                            if run == 0:
-                                meet[group, r, 0] = top[r]
-                                meet[group, r, 1] = total[r]
-                    T.tvm_storage_sync("shared")
-                    for i in T.serial(steps(height * head_dim // lanes, threads)):
-                        e: T.let[T.int32] = i * threads + tid
-                        r: T.let[T.int32] = e // (head_dim // lanes)
-                        d: T.let[T.int32] = e % (head_dim // lanes) * lanes
-                        if e < height * head_dim // lanes and row0 + r < rows:
-                            merged[0] = T.float32(MASKED)
-                            merged[1] = T.float32(0)
-                            for lane in T.vectorized(lanes):
-                                sums[lane] = T.float32(0)
-                            for g in T.unroll(groups):
-                                merged[0] = T.max(merged[0], meet[g, r, 0])
-                            for g in T.unroll(groups):
-                                weight: T.let[T.float32] = T.exp2(meet[g, r, 0] - merged[0])
-                                merged[1] = merged[1] + weight * meet[g, r, 1]
-                                for lane in T.vectorized(lanes):
-                                    sums[lane] = sums[lane] + weight * stage[(g * height + r) * head_dim + d + lane]
-                            if count == 1:
-                                for lane in T.unroll(lanes):
-                                    raw[lane] = T.Cast(
-                                        dtype,
-                                        T.if_then_else(
-                                            row0 + r < lengths[seq] and merged[1] > T.float32(0),
-                                            sums[lane] / merged[1],
-                                            T.float32(0),
-                                        ),
-                                    )
-                                for lane in T.vectorized(lanes):
-                                    out[seq, row0 + r, head * head_dim + d + lane] = raw[lane]
-                            else:
-                                for lane in T.vectorized(lanes):
-                                    out[seq, row0 + r, head, split, d + lane] = sums[lane]
-                                if d == 0:
-                                    out[seq, row0 + r, head, split, head_dim] = merged[0]
-                                    out[seq, row0 + r, head, split, head_dim + 1] = merged[1]
+                                        sums[lane] = (
+                                            sums[lane] + weight * stage[(g * together + r) * head_dim + d + lane]
+                                        )
+                                give(out, raw, sums, merged, seq, row, head, split, d, lengths)
+                        if together < height:
+                            T.tvm_storage_sync("shared")
 
     if tree:
 
@@ -374,68 +421,15 @@ def decode_attention(
             T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": 8})
             body(qkv, positions, lengths, positions, cache, out)
 
-    if count == 1:
-        return DecodeKernels(_named(partial, spec, splits), None, None)
-    blocks = steps(width, threads)
-
-    @T.prim_func(private=True, s_tir=True)
-    def combine(
-        parts: T.Buffer(workspace, "float32"),
-        positions: T.Buffer((batch,), "int32"),
-        lengths: T.Buffer((batch,), "int32"),
-        out: T.Buffer((batch, rows, width), dtype),
-    ):
-        T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": 8})
-        merged = T.sblock_alloc_buffer((3,), "float32", scope="local")  # maximum, sum, weighted sum
-        for bx in T.thread_binding(batch * rows, thread="blockIdx.x"):
-            for by in T.thread_binding(blocks, thread="blockIdx.y"):
-                for tid in T.thread_binding(threads, thread="threadIdx.x"):
-                    seq: T.let[T.int32] = bx // rows
-                    row: T.let[T.int32] = bx % rows
-                    e: T.let[T.int32] = by * threads + tid
-                    head: T.let[T.int32] = e // head_dim
-                    tiles: T.let[T.int32] = steps_of(live(positions, lengths, seq), tile)
-                    share: T.let[T.int32] = T.max(steps_of(tiles, count), 1)
-                    if e < width:
-                        merged[0] = T.float32(MASKED)
-                        merged[1] = T.float32(0)
-                        merged[2] = T.float32(0)
-                        # Splits past the last tile wrote sums of nothing; they are not worth reading.
-                        for s in T.serial(steps_of(tiles, share)):
-                            merged[0] = T.max(merged[0], parts[seq, row, head, s, head_dim])
-                        for s in T.serial(steps_of(tiles, share)):
-                            weight: T.let[T.float32] = T.exp2(parts[seq, row, head, s, head_dim] - merged[0])
-                            merged[1] = merged[1] + weight * parts[seq, row, head, s, head_dim + 1]
-                            merged[2] = merged[2] + weight * parts[seq, row, head, s, e % head_dim]
-                        out[seq, row, e] = T.Cast(
-                            dtype,
-                            T.if_then_else(
-                                row < lengths[seq] and merged[1] > T.float32(0), merged[2] / merged[1], T.float32(0)
-                            ),
-                        )
     # fmt: on
-    return DecodeKernels(_named(partial, spec, splits), combine, workspace)
+    if count == 1:
+        return DecodeKernels(_named(partial, spec, splits, append), None, None)
+    combine = combine_splits(spec, threads, batch, rows, count, tile)
+    return DecodeKernels(_named(partial, spec, splits, append), combine, workspace)
 
 
-def _named(partial: PrimFunc, spec: AttentionSpec, splits: int | None) -> PrimFunc:
-    """With what its arguments do not say, for `appending`."""
+def _named(partial: PrimFunc, spec: AttentionSpec, splits: int | None, append: bool) -> PrimFunc:
+    """With what its arguments do not say, for `attention_forms`."""
     named = partial.with_attr("attention_scale", tirx.FloatImm("float64", spec.scale))
+    named = named.with_attr("attention_append", append)
     return named if splits is None else named.with_attr("attention_splits", splits)
-
-
-def appending(partial: PrimFunc, limits: GpuLimits) -> PrimFunc | None:
-    """The kernel that also writes the new keys and values (``append``) for a `partial` that does not; None for any
-    other function."""
-    if "attention_scale" not in partial.attrs:
-        return None
-    qkv, _, _, cache = partial.params[:4]
-    batch, rows, _ = (int(extent) for extent in qkv.shape)
-    _, _, n_head, capacity, head_dim = (int(extent) for extent in cache.shape)
-    spec = AttentionSpec(n_head, head_dim, capacity, str(cache.dtype), float(partial.attrs["attention_scale"].value))
-    splits = int(partial.attrs["attention_splits"]) if "attention_splits" in partial.attrs else None
-    return decode_attention(spec, limits, batch, rows, len(partial.params) == 6, True, splits).partial
-
-
-def steps_of(elements: Any, by: Any) -> Any:
-    """`steps` for TIR expressions."""
-    return (elements + by - 1) // by

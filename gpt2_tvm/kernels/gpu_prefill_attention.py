@@ -14,6 +14,9 @@ above the diagonal and past the longest row of the block are never touched. Long
 Everything below step 1 works on registers: with heads of 64 and 2 rows a thread does 32 multiply-adds for 6 loads of
 four elements from shared memory in ``q . k``, 64 for 10 in ``p . V``.
 
+``direct`` leaves queries, keys and values where they are, for devices whose shared memory is memory like all other: two
+barriers a step instead of four, and a kernel that SwiftShader compiles in a fifth of the time (`gpu_decode_attention`).
+
 After Dao et al. 2022, "FlashAttention", algorithm 1, and Milakov and Gimelshein 2018, "Online normalizer calculation
 for softmax", section 3.
 """
@@ -26,6 +29,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -83,11 +87,12 @@ def choose_tile(spec: AttentionSpec, limits: GpuLimits) -> PrefillTile:
 
 
 @cache
-def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
+def prefill_attention(spec: AttentionSpec, limits: GpuLimits, direct: bool = False) -> PrimFunc:
     """``(qkv [b, n, 3HD], positions [b], lengths [b], cache [2, b, H, S, D], out [b, n, HD])``; b, n symbolic.
 
     Row t of sequence i attends to slots ``0 .. positions[i] + t``: this call's keys and values are in the cache
-    already. Rows ``t >= lengths[i]`` write zeros. Slots at or past the capacity are never read.
+    already. Rows ``t >= lengths[i]`` write zeros. Slots at or past the capacity are never read. direct: see the module;
+    for heads of a multiple of four elements.
     """
     n_head, head_dim, capacity, dtype, width = spec.n_head, spec.head_dim, spec.capacity, spec.dtype, spec.width
     tile = choose_tile(spec, limits)
@@ -125,6 +130,20 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
         for lane in T.unroll(4):
             four[row, lane] = T.Cast("float32", raw[lane])
 
+    @T.inline
+    def take_query(q, r, qkv, seq, row, head, run, raw):
+        for lane in T.vectorized(4):
+            raw[lane] = qkv[seq, row, head * head_dim + run * 4 + lane]
+        for lane in T.unroll(4):
+            q[r, lane] = T.Cast("float32", raw[lane])
+
+    @T.inline
+    def take_cached(four, r, cache, part, seq, head, slot, col, raw):
+        for lane in T.vectorized(4):
+            raw[lane] = cache[part, seq, head, slot, col + lane]
+        for lane in T.unroll(4):
+            four[r, lane] = T.Cast("float32", raw[lane])
+
     @T.prim_func(private=True, s_tir=True)
     def prefill_attention(
         qkv_h: T.handle, positions_h: T.handle, lengths_h: T.handle, cache_h: T.handle, out_h: T.handle
@@ -137,8 +156,8 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
         cache = T.match_buffer(cache_h, (2, b, n_head, capacity, head_dim), dtype)
         out = T.match_buffer(out_h, (b, n, width), dtype)
         # Flat, for TVM trims a padded row to the columns in use, and with it the stride that keeps banks apart.
-        q_tile = T.sblock_alloc_buffer((rows * stride,), dtype, scope="shared")
-        kv_tile = T.sblock_alloc_buffer((keys * stride,), dtype, scope="shared")
+        q_tile = T.sblock_alloc_buffer((1 if direct else rows * stride,), dtype, scope="shared")
+        kv_tile = T.sblock_alloc_buffer((1 if direct else keys * stride,), dtype, scope="shared")
         p_tile = T.sblock_alloc_buffer((rows * p_stride,), "float32", scope="shared")
         meet = T.sblock_alloc_buffer((rows, ACROSS), "float32", scope="shared")
         raw = T.sblock_alloc_buffer((4,), dtype, scope="local")
@@ -167,16 +186,17 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
                         row0 < length, T.min(first + T.min(row0 + rows, length), capacity), 0
                     )
 
-                    for i in T.serial(steps(rows * loads, threads)):
-                        e: T.let[T.int32] = i * threads + tid
-                        if e < rows * loads:
-                            for lane in T.vectorized(lanes):
-                                q_tile[e // loads * stride + e % loads * lanes + lane] = T.if_then_else(
-                                    e % loads * lanes < head_dim,
-                                    qkv[seq, T.min(row0 + e // loads, n_rows - 1),
-                                        head * head_dim + e % loads * lanes + lane],
-                                    T.Cast(dtype, 0),
-                                )
+                    if not direct:
+                        for i in T.serial(steps(rows * loads, threads)):
+                            e: T.let[T.int32] = i * threads + tid
+                            if e < rows * loads:
+                                for lane in T.vectorized(lanes):
+                                    q_tile[e // loads * stride + e % loads * lanes + lane] = T.if_then_else(
+                                        e % loads * lanes < head_dim,
+                                        qkv[seq, T.min(row0 + e // loads, n_rows - 1),
+                                            head * head_dim + e % loads * lanes + lane],
+                                        T.Cast(dtype, 0),
+                                    )
                     for r in T.unroll(height):
                         top[r] = T.float32(MASKED)
                         total[r] = T.float32(0)
@@ -186,16 +206,26 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
 
                     for step in T.serial((end + keys - 1) // keys):
                         # 1. scores of my rows against my keys
-                        load_cache(kv_tile, cache, 0, seq, head, step * keys, end, tid)
-                        T.tvm_storage_sync("shared")
+                        if not direct:
+                            load_cache(kv_tile, cache, 0, seq, head, step * keys, end, tid)
+                            T.tvm_storage_sync("shared")
                         for r in T.unroll(height):
                             for c in T.unroll(cols):
                                 score[r, c] = T.float32(0)
                         for run in T.serial(runs):
                             for r in T.unroll(height):
-                                take_four(q, r, q_tile, (ty + r) * stride + run * 4, raw)
+                                if direct:
+                                    take_query(q, r, qkv, seq, T.min(row0 + ty + r, n_rows - 1), head, run, raw)
+                                else:
+                                    take_four(q, r, q_tile, (ty + r) * stride + run * 4, raw)
                             for c in T.unroll(cols):
-                                take_four(k, c, kv_tile, (c * ACROSS + tx) * stride + run * 4, raw)
+                                if direct:
+                                    take_cached(
+                                        k, c, cache, 0, seq, head, T.min(step * keys + c * ACROSS + tx, end - 1),
+                                        run * 4, raw,
+                                    )
+                                else:
+                                    take_four(k, c, kv_tile, (c * ACROSS + tx) * stride + run * 4, raw)
                             for r in T.unroll(height):
                                 for c in T.unroll(cols):
                                     for lane in T.unroll(4):
@@ -203,9 +233,10 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
                         for r in T.unroll(height):
                             rise[r] = T.float32(MASKED)
                             for c in T.unroll(cols):
-                                score[r, c] = T.Select(
+                                # A sum, not a choice: behind WGSL a choice between loads is a branch.
+                                score[r, c] = score[r, c] * T.float32(scale) + T.Select(
                                     step * keys + c * ACROSS + tx <= first + row0 + ty + r,
-                                    score[r, c] * T.float32(scale),
+                                    T.float32(0),
                                     T.float32(MASKED),
                                 )
                                 rise[r] = T.max(rise[r], score[r, c])
@@ -213,7 +244,8 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
                         T.tvm_storage_sync("shared")
 
                         # 2. and 3. Every row sees slot 0, so from the first tile on its maximum is a real score.
-                        load_cache(kv_tile, cache, 1, seq, head, step * keys, end, tid)
+                        if not direct:
+                            load_cache(kv_tile, cache, 1, seq, head, step * keys, end, tid)
                         for r in T.unroll(height):
                             rise[r] = top[r]
                             for x in T.unroll(ACROSS):
@@ -236,12 +268,23 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
                                     p[r, lane] = p_tile[(ty + r) * p_stride + run * 4 + lane]
                             for key in T.unroll(4):
                                 for j in T.unroll(mine):
-                                    take_four(v, 0, kv_tile, (run * 4 + key) * stride + column(j * ACROSS + tx), raw)
+                                    if direct:
+                                        take_cached(
+                                            v, 0, cache, 1, seq, head, T.min(step * keys + run * 4 + key, end - 1),
+                                            column(j * ACROSS + tx), raw,
+                                        )
+                                    else:
+                                        take_four(
+                                            v, 0, kv_tile, (run * 4 + key) * stride + column(j * ACROSS + tx), raw
+                                        )
                                     for r in T.unroll(height):
                                         for lane in T.unroll(4):
                                             acc[r, j, lane] = acc[r, j, lane] + p[r, key] * v[0, lane]
-                        T.tvm_storage_sync("shared")
+                        if not direct:
+                            T.tvm_storage_sync("shared")
 
+                    if direct:  # the last step's maxima have been read by all
+                        T.tvm_storage_sync("shared")
                     for r in T.unroll(height):
                         meet[ty + r, tx] = total[r]
                     T.tvm_storage_sync("shared")
@@ -249,20 +292,23 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits) -> PrimFunc:
                         total[r] = T.float32(0)
                         for x in T.unroll(ACROSS):
                             total[r] = total[r] + meet[ty + r, x]
-                        total[r] = T.float32(1) / total[r]
+                        if row0 + ty + r < length:
+                            total[r] = T.float32(1) / total[r]
+                        else:  # whatever is in the padding
+                            total[r] = T.float32(0)
+                            for j in T.unroll(mine):
+                                for lane in T.unroll(4):
+                                    acc[r, j, lane] = T.float32(0)
                         for j in T.unroll(mine):
                             for lane in T.unroll(4):
-                                raw[lane] = T.Cast(
-                                    dtype,
-                                    T.Select(row0 + ty + r < length, acc[r, j, lane] * total[r], T.float32(0)),
-                                )
+                                raw[lane] = T.Cast(dtype, acc[r, j, lane] * total[r])
                             for part in T.unroll(4 // lanes):
                                 at: T.let[T.int32] = (j * ACROSS + tx) * 4 + part * lanes
                                 if row0 + ty + r < n_rows and at < head_dim:
                                     for lane in T.vectorized(lanes):
                                         out[seq, row0 + ty + r, head * head_dim + at + lane] = raw[part * lanes + lane]
     # fmt: on
-    return prefill_attention
+    return prefill_attention.with_attr("prefill_scale", tirx.FloatImm("float64", spec.scale))
 
 
 def steps(elements: int, threads: int) -> int:

@@ -33,7 +33,7 @@ ATTENTION = ("decode_attention", "tree_attention")
 def before_fusion(on: bool, target: DeviceTarget) -> Any:
     if not on:
         return None
-    from gpt2_tvm.kernels.gpu_decode_attention import appending
+    from gpt2_tvm.kernels.attention_forms import appending
 
     limits = GpuLimits.of_target(target.tvm_target())
 

@@ -10,7 +10,7 @@ no allocation, no new bind groups, no uniform written. Memory between kernels is
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,6 +117,11 @@ class WgpuRunner:
 
     def download(self, tensor: WgpuTensor) -> np.ndarray:
         return self._device.read(tensor.buffer, tensor.shape, tensor.dtype)
+
+    def later(self, tensor: WgpuTensor) -> Callable[[], np.ndarray]:
+        """`download`, of what the calls so far make of a tensor, to be waited for later: calls queued meanwhile do not
+        touch it."""
+        return self._device.read_later(tensor.buffer, tensor.shape, tensor.dtype)
 
     def call(self, function: str, inputs: Sequence[WgpuTensor | Sequence[WgpuTensor]], with_params: bool = True) -> Any:
         key = tuple(tuple(map(id, x)) if isinstance(x, list) else id(x) for x in inputs)

@@ -17,7 +17,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +163,7 @@ class Device:
             required_limits={name: adapter.limits[name] for name in LIMITS if name in adapter.limits},
         )
         self._kernels: dict[Shader, Kernel] = {}
+        self._staging: dict[int, list[Any]] = {}  # host-side buffers that `read_later` may use again, by size
         self._fence = self.empty(4, "fence")
         self._period_ns = _timestamp_period(self.device)
 
@@ -230,6 +231,28 @@ class Device:
             return np.empty(tuple(shape), dtype)
         data = self.device.queue.read_buffer(buffer, 0, -(-nbytes // 4) * 4)
         return np.frombuffer(data, np.uint8)[:nbytes].copy().view(dtype).reshape(tuple(shape))
+
+    def read_later(self, buffer: Any, shape: Sequence[int], dtype: Any) -> Callable[[], np.ndarray]:
+        """A copy of what `buffer` begins with, made on the device after all work submitted so far; the function that
+        comes back waits for it. At least one element."""
+        dtype = np.dtype(dtype)
+        nbytes = math.prod(shape) * dtype.itemsize
+        size = -(-nbytes // 4) * 4
+        free = self._staging.setdefault(size, [])
+        usage = self._wgpu.BufferUsage
+        held = free.pop() if free else self.device.create_buffer(size=size, usage=usage.MAP_READ | usage.COPY_DST)
+        encoder = self.device.create_command_encoder()
+        encoder.copy_buffer_to_buffer(buffer, 0, held, 0, size)
+        self.device.queue.submit([encoder.finish()])
+
+        def wait() -> np.ndarray:
+            held.map_sync(self._wgpu.MapMode.READ)
+            data = bytes(held.read_mapped())
+            held.unmap()
+            free.append(held)
+            return np.frombuffer(data, np.uint8)[:nbytes].view(dtype).reshape(tuple(shape))
+
+        return wait
 
     # -- kernels -----------------------------------------------------------------------------------------------
 

@@ -61,10 +61,12 @@ class WebgpuGemv(GPUScheduleRule):
     """Products of one to eight rows, their number known; see the module.
 
     choose: (shape, target) -> the point, or None to leave the function to the next rule. Of the point, ts, tr and
-    tile_s are used; vectors are as long as K allows.
+    tile_s are used; vectors are as long as K allows. lone: a thread shares no sum with others (tr becomes 1), the
+    blocks stay as the point says.
     """
 
-    def __init__(self, choose: Chooser | GemvConfig | None = None) -> None:
+    def __init__(self, choose: Chooser | GemvConfig | None = None, lone: bool = False) -> None:
+        self.lone = lone
         self.choose: Chooser | None = (lambda *_: choose) if isinstance(choose, GemvConfig) else choose
 
     def apply(self, func: tirx.PrimFunc, target: Target, tunable: bool) -> s_tir.Schedule | None:
@@ -83,6 +85,8 @@ class WebgpuGemv(GPUScheduleRule):
         most = int(target.attrs.get("max_num_threads", 256))
         while config.threads > most:
             config = replace(config, ts=max(1, config.ts // 2), tr=config.tr if config.ts > 1 else config.tr // 2)
+        if self.lone:
+            config = replace(config, tr=1, reduction="shared")
         # Step 3. The prologue, where there is one
         prologue = plan_prologue(m, config.threads) if m.prologue else None
         memory = int(target.attrs.get("max_shared_memory_per_block", 16 << 10))

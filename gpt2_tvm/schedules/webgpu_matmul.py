@@ -58,9 +58,9 @@ class MatmulConfig:
             reads memory itself (devices without fast shared memory: software, some mobile GPUs).
     """
 
-    tile_m: int = 8
+    tile_m: int = 4
     tile_n: int = 8
-    threads_m: int = 8
+    threads_m: int = 16
     threads_n: int = 8
     shared_k: int = 16
 

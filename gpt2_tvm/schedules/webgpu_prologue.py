@@ -13,7 +13,8 @@ What one place of a later stage alone reads stays in a register of the thread th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 
@@ -29,6 +30,16 @@ MEETING = 32  # threads that share a large reduction: every thread of the block 
 SCALARS = 8  # so many numbers are written out where they are read; the rows of a product at most
 
 At = Callable[[list[Expr]], Expr]  # indices of a stage's buffer -> its element
+
+
+@contextmanager
+def each(name: str, count: int) -> Iterator[Expr]:
+    """A loop over `count` places: written once, for a browser compiles every statement. One place needs no loop."""
+    if count == 1:
+        yield tirx.const(0, "int32")
+        return
+    with loop(name, count) as place:
+        yield place
 
 
 @dataclass(frozen=True)
@@ -81,22 +92,21 @@ class Prologue:
         part = buffer(f"{name}_part", [lanes], stage.buffer.dtype)
         parts = buffer(f"{name}_parts", [count * threads], stage.buffer.dtype, "shared")
         result = buffer(f"{name}_all", [count], stage.buffer.dtype)
-        with where(tid < threads, threads < self.threads):
-            for place in range(count):
-                values = _indices(stage, tirx.const(place, "int32"))
-                vector(part, [], lanes, lambda lane: stage.init)
-                with loop("turn", -(-extent // (lanes * threads))) as turn:
-                    first = bind("first", (turn * threads + tid) * lanes)
-                    with where(first < extent, extent % (lanes * threads) != 0):
-                        self._accumulate(stage, part, lanes, {**values, k.var: typed(first, k.var)})
-                total = tirx.BufferLoad(part, [0])
-                for lane in range(1, lanes):
-                    total = _combined(stage, total, tirx.BufferLoad(part, [lane]))
-                T.buffer_store(parts, total, [place * threads + tid])
+        with where(tid < threads, threads < self.threads), each("place", count) as place:
+            values = _indices(stage, place)
+            vector(part, [], lanes, lambda lane: stage.init)
+            with loop("turn", -(-extent // (lanes * threads))) as turn:
+                first = bind("first", (turn * threads + tid) * lanes)
+                with where(first < extent, extent % (lanes * threads) != 0):
+                    self._accumulate(stage, part, lanes, {**values, k.var: typed(first, k.var)})
+            total = tirx.BufferLoad(part, [0])
+            for lane in range(1, lanes):
+                total = _combined(stage, total, tirx.BufferLoad(part, [lane]))
+            T.buffer_store(parts, total, [place * threads + tid])
         T.evaluate(T.tvm_storage_sync("shared"))
         wide = next(n for n in (LANES, 2, 1) if threads % n == 0)
         some = buffer(f"{name}_some", [wide], stage.buffer.dtype)
-        for place in range(count):
+        with each("place", count) as place:
             T.buffer_store(result, stage.init, [place])
             with loop("i", threads // wide) as i:
                 at = place * threads + i * wide

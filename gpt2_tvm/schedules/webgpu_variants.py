@@ -6,9 +6,10 @@ WebGPU ("shader-f16", "subgroups"), or "software" for an adapter that is a CPU (
 fallback adapter). The last variant whose requirements are all met wins; a kernel without one is the one in
 kernels.wgsl.
 
-"software": such a device has no fast shared memory (it is memory like all other), and a barrier suspends every thread
-of a block, one by one. There the matrix product reads its operands straight from memory; on lavapipe that halves the
-time of a prefill.
+"software": such a device has no fast shared memory (it is memory like all other), a barrier suspends every thread of a
+block, one by one, and a browser clears shared memory before each block, which SwiftShader compiles to a store for every
+element. There products and attention read their operands straight from memory, and a thread of a matrix-vector
+product has its outputs to itself.
 
 There is no "subgroups" variant. `WebgpuGemv` has a single barrier left for subgroupAdd to save, and TVM 0.27 writes
 subgroupShuffleDown for a width that is fixed at compile time, where WebGPU only says between which two a device's lies
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SOFTWARE = "software"
+OURS = "ours"  # `registry.Hit` of a kernel that came scheduled
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,32 @@ def _direct_matmul() -> Any:
     return WebgpuMatmul(MatmulConfig(shared_k=0))
 
 
-VARIANTS: tuple[Variant, ...] = (Variant(SOFTWARE, (SOFTWARE,), {"webgpu-matmul": _direct_matmul}),)
+def _lone_gemv() -> Any:
+    from gpt2_tvm.schedules.webgpu_gemv import WebgpuGemv
+
+    return WebgpuGemv(lone=True)
+
+
+class _DirectAttention:
+    """Not a schedule but another kernel; for the rest of ours nothing."""
+
+    def apply(self, func: Any, target: Any, tunable: bool) -> Any:
+        from tvm.s_tir import Schedule
+
+        from gpt2_tvm.kernels.attention_forms import direct
+        from gpt2_tvm.kernels.spec import GpuLimits
+
+        found = direct(func, GpuLimits.of_target(target))
+        return None if found is None else Schedule(found)
+
+
+VARIANTS: tuple[Variant, ...] = (
+    Variant(
+        SOFTWARE,
+        (SOFTWARE,),
+        {"webgpu-matmul": _direct_matmul, "webgpu-gemv": _lone_gemv, OURS: _DirectAttention},
+    ),
+)
 
 
 def variant_functions(

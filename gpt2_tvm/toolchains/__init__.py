@@ -6,7 +6,7 @@ The flow, the same for every kind::
 
     toolchains.prepare(target)                       # one line of error if a compiler part is missing
     with toolchains.compiling(target) as tvm_target:  # hooks in, tvm_target current, hooks out
-        executable = tvm.compile(module, tvm_target)
+        executable = toolchains.build(module, tvm_target)
     names = toolchains.export(executable, target, folder)
 
 Each file of this package offers the same four names, which the functions below dispatch to:
@@ -51,7 +51,7 @@ def prepare(target: DeviceTarget) -> None:
 
 
 def compiling(target: DeviceTarget) -> AbstractContextManager[Any]:
-    """Inside this context `tvm.compile` builds for `target`; it yields the `tvm.target.Target` to give it.
+    """Inside this context `build` builds for `target`; it yields the `tvm.target.Target` to give it.
 
     What the context changes (callbacks registered with TVM, the current target) is put back at its end.
     Contexts of several threads run one after another, because TVM's callbacks are global to the process.
@@ -59,8 +59,22 @@ def compiling(target: DeviceTarget) -> AbstractContextManager[Any]:
     return of(target.kind).compiling(target)
 
 
+def build(module: Any, tvm_target: Any) -> Any:
+    """`tvm.compile` as all of this project calls it for code that a device runs: with the TIR pipeline of the target
+    (for WebGPU ours, `schedules.webgpu_pipeline`), so that a kernel is the same code wherever it is looked at, timed or
+    shipped.
+
+    module: scheduled PrimFuncs, or a Relax module that `pipeline.lower` is done with. Imports TVM.
+    """
+    import tvm
+
+    from gpt2_tvm.schedules.webgpu_pipeline import pipeline_name
+
+    return tvm.compile(module, target=tvm_target, relax_pipeline=None, tir_pipeline=pipeline_name(tvm_target))
+
+
 def export(executable: Any, target: DeviceTarget, folder: Path) -> list[str]:
-    """Write `executable` (of `tvm.compile`) into `folder` and check that it carries the device's code.
+    """Write `executable` (of `build`) into `folder` and check that it carries the device's code.
 
     Returns:
         The names of the files written, the library to load first.

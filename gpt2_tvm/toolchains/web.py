@@ -70,15 +70,14 @@ def write_module(module: Any, target: DeviceTarget, folder: Path, note: Say) -> 
 
     Where that cannot be done (no emcc) nothing is written and `note` is told why: wgpu runs the artifact without.
     """
-    import tvm
 
-    from gpt2_tvm.schedules.webgpu_pipeline import pipeline_name
+    from gpt2_tvm import toolchains
 
     try:
         runtime = runtime_objects(note)
         where = wasm_target(target)
         with where:
-            executable = tvm.compile(module, target=where, relax_pipeline=None, tir_pipeline=pipeline_name(where))
+            executable = toolchains.build(module, where)
         export(executable, folder / MODULE, runtime=runtime)
     except UserError as error:
         note(f"no {MODULE}, so this artifact runs through wgpu and not in a page: {error}")

@@ -23,8 +23,8 @@ def device_needs(folder: Path, capacity: int) -> dict[str, Any]:
     """{"features": [name], "limits": {name: number}} in WebGPU's words, for an artifact's folder that has its kernels
     and parameters.
 
-    capacity: tokens of the KV cache. Tensors count that one sequence needs (`ONE_TEXT`); kernels all, because the web
-    runtime compiles all.
+    capacity: tokens of the KV cache. Tensors count that one sequence needs (`ONE_TEXT`); kernels all. A tensor that
+    kernels take in windows counts as its windows.
     """
     shaders = list(parse_wgsl((folder / "kernels.wgsl").read_text(encoding="utf-8")).values())
     functions = json.loads((folder / "kernels.json").read_text(encoding="utf-8"))["functions"]
@@ -32,16 +32,22 @@ def device_needs(folder: Path, capacity: int) -> dict[str, Any]:
     sizes = {"b": 1, "n": capacity}
     programs = [functions[name] for name in ONE_TEXT if name in functions]
     inputs = [part for program in programs for given in program["inputs"] for part in _parts(given)]
-    largest = max(
+    params = [record["nbytes"] for shard in shards for record in shard["records"]]  # in the order of their numbers
+    bound = max(
         [
-            *(record["nbytes"] for shard in shards for record in shard["records"]),
+            *(
+                _bound_bytes(ref, params)
+                for program in programs
+                for one in program["launches"]
+                for ref in one["buffers"]
+            ),
             *(math.prod(evaluate(n, sizes) for n in part["shape"]) * _item_bytes(part["dtype"]) for part in inputs),
             *(evaluate(text, sizes) for program in programs for text in program["storages"]),
         ]
     )
     wanted = {
-        "maxBufferSize": largest,
-        "maxStorageBufferBindingSize": largest,
+        "maxBufferSize": max(bound, *params),
+        "maxStorageBufferBindingSize": bound,
         "maxComputeWorkgroupStorageSize": max(map(shared_bytes, shaders)),
         "maxComputeInvocationsPerWorkgroup": max(math.prod(s.block) for s in shaders),
         "maxStorageBuffersPerShaderStage": max(len(s.bindings) for s in shaders),
@@ -62,6 +68,13 @@ def shared_bytes(shader: Shader) -> int:
         )
         total += -(-int(count) * size // 16) * 16
     return total
+
+
+def _bound_bytes(ref: list[Any], params: list[int]) -> int:
+    """What a launch binds of a parameter; 0 for other tensors, which count as what they lie in."""
+    if ref[0] == "window":
+        return int(ref[3])
+    return params[ref[1]] if ref[0] == "param" else 0
 
 
 def _parts(given: Any) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpt2_tvm import toolchains
 from gpt2_tvm.schedules.gemv_config import GemvConfig
 from gpt2_tvm.toolchains import web
 from tuning.candidates.numerics import compare, dtype_of, make_example
@@ -111,7 +112,7 @@ class BrowserCandidates:
         import tvm
 
         module = tvm.IRModule({"kernel": func.with_attr("global_symbol", "kernel")})
-        executable = tvm.compile(module.with_attr("system_lib_prefix", ""), target=self.target)
+        executable = toolchains.build(module.with_attr("system_lib_prefix", ""), self.target)
         with tempfile.TemporaryDirectory(prefix="gpt2-tvm-point-") as folder:
             path = Path(folder) / "kernel.wasm"
             web.export(executable, path)

@@ -103,7 +103,7 @@ class CompiledCandidates:
         from gpt2_tvm import toolchains
 
         with toolchains.compiling(self.target) as tvm_target:
-            executable = self.tvm.compile(self.tvm.IRModule(functions), target=tvm_target)
+            executable = toolchains.build(self.tvm.IRModule(functions), tvm_target)
             if self.session is None:
                 return executable.jit() if hasattr(executable, "jit") else executable
             with tempfile.TemporaryDirectory(prefix="gpt2-tvm-point-") as folder:

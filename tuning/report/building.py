@@ -49,7 +49,7 @@ def build(plan: Plan, lowered: Lowered, functions: dict[str, Any]) -> Built:
     module = tvm.IRModule({name: func.with_attr("global_symbol", name) for name, func in functions.items()})
     try:
         with _compiling(plan.target) as target:
-            executable = tvm.compile(module, target=target)
+            executable = toolchains.build(module, target)
     except Exception as error:
         lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
         return Built(note=f"not compiled: {lines[-1].strip()[:300]}")

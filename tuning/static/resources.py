@@ -173,11 +173,13 @@ def _dynamic_shared(plan: Plan, lowered: Lowered, source: str) -> dict[str, int]
     from tvm import tirx
     from tvm.tirx.build import split_host_device_mods
 
+    from gpt2_tvm.schedules.webgpu_pipeline import tir_pipeline
+
     functions = {v: f for v, f in lowered.final.functions_items() if v.name_hint in wanted}
     target = plan.target.tvm_target()
     with target:
         module = tirx.transform.BindTarget(target)(tvm.IRModule(functions))
-        pipeline, _, _ = tirx.get_default_tir_pipeline(target)
+        pipeline, _, _ = tir_pipeline(target)
         host, _ = split_host_device_mods(pipeline(module))
     found: dict[str, int] = {}
 

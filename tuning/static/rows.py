@@ -88,13 +88,12 @@ def static_rows(
     plan = build.make_plan(config, device, quantization, rules, attention, *sizes, passes=passes)
     toolchains.prepare(plan.target)
     say("importing TVM", 0.02)
-    import tvm
 
     with toolchains.compiling(plan.target) as tvm_target:
         say("lowering and scheduling", 0.1)
         lowered, _ = build.lower_plan(plan)
         say(f"building {len(lowered.hits)} functions for {plan.target.name}", 0.3)
-        executable = tvm.compile(lowered.final, target=tvm_target, relax_pipeline=None, tir_pipeline=None)
+        executable = toolchains.build(lowered.final, tvm_target)
         say("reading the code", 0.8)
         rows = rows_of(plan, lowered, executable)
         return _with_pipelines(rows, executable) if pipelines and plan.target.kind == "webgpu" else rows

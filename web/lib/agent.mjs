@@ -87,7 +87,8 @@ class Agent {
     }
     const stream_ms = performance.now() - begin;
     const [dispatches, submissions] = [model.gpu.dispatches - before[0], model.gpu.submissions - before[1]];
-    return { stream_ms, tokens, dispatches: dispatches / count, submissions: submissions / count };
+    const { windows } = model.gpu;
+    return { stream_ms, tokens, dispatches: dispatches / count, submissions: submissions / count, windows };
   }
 
   // Microseconds of each kernel of a prefill and of a decode step after it (null where the device has no timestamps),

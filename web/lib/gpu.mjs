@@ -105,6 +105,7 @@ export class Gpu {
 
   #stamps = null;
   #kernels = new Map();
+  #windows = new Map(); // kernel -> its bindings, see `bindInWindows`
   #loss;
 
   constructor(adapter, device) {
@@ -117,6 +118,7 @@ export class Gpu {
     this.limits = Object.fromEntries(Object.keys(LIMITS).map((name) => [name, adapter.limits[name]]));
     this.dispatches = 0; // kernels launched so far
     this.submissions = 0; // command buffers handed over so far
+    this.windows = 0; // parts of a large tensor bound so far
     this.lost = null; // a DeviceLost, once it is
     this.faults = []; // what WebGPU reported outside of any call, such as a shader that it refuses
     device.addEventListener("uncapturederror", (event) => this.faults.push(event.error.message));
@@ -138,6 +140,12 @@ export class Gpu {
   // From now on these sources (`parseKernels`) stand in for kernels of the same name.
   replaceKernels(kernels) {
     for (const [name, code] of kernels) this.#kernels.set(name, code);
+  }
+
+  // Kernels that take a tensor larger than one binding in parts. windows: Map of kernel -> [null, or the parts
+  // [{offset, size}, ...] of that buffer, one a buffer]. Their sources must be replaced too.
+  bindInWindows(windows) {
+    this.#windows = windows;
   }
 
   // What `promise` gives; a DeviceLost as soon as the device is lost, and an Error for what WebGPU reported meanwhile.
@@ -211,10 +219,54 @@ export class Gpu {
     };
     const compile = device.createShaderModule.bind(device);
     device.createShaderModule = (given) => compile({ ...given, code: this.#kernels.get(entryPoint(given.code)) ?? given.code });
+    this.#split();
     const submit = queue.submit.bind(queue);
     queue.submit = (commands) => {
       this.submissions += 1;
       submit(commands);
+    };
+  }
+
+  // TVM's runtime binds whole buffers. Where a kernel takes windows, the pipeline gets another layout, and bind groups
+  // for the one that the runtime knows get it too.
+  #split() {
+    const { device } = this;
+    const [entriesOf, layoutOf, splits] = [new WeakMap(), new WeakMap(), new WeakMap()];
+    const number = (entries) => entries.map((entry, binding) => ({ ...entry, binding }));
+    const bindGroupLayout = device.createBindGroupLayout.bind(device);
+    const pipelineLayout = device.createPipelineLayout.bind(device);
+    const bindGroup = device.createBindGroup.bind(device);
+    device.createBindGroupLayout = (given) => {
+      const layout = bindGroupLayout(given);
+      entriesOf.set(layout, given.entries);
+      return layout;
+    };
+    device.createPipelineLayout = (given) => {
+      const layout = pipelineLayout(given);
+      layoutOf.set(layout, given.bindGroupLayouts[0]);
+      return layout;
+    };
+    for (const name of ["createComputePipeline", "createComputePipelineAsync"]) {
+      const create = device[name].bind(device);
+      device[name] = (given) => {
+        const parts = this.#windows.get(given.compute.entryPoint);
+        if (parts === undefined) return create(given);
+        const known = layoutOf.get(given.layout);
+        const entries = entriesOf.get(known).flatMap((entry, i) => (parts[i] ?? [null]).map(() => entry));
+        const layout = bindGroupLayout({ entries: number(entries) });
+        splits.set(known, { layout, parts });
+        return create({ ...given, layout: pipelineLayout({ bindGroupLayouts: [layout] }) });
+      };
+    }
+    device.createBindGroup = (given) => {
+      const split = splits.get(given.layout);
+      if (split === undefined) return bindGroup(given);
+      const entries = given.entries.flatMap((entry, i) => {
+        const parts = split.parts[i] ?? null;
+        this.windows += parts?.length ?? 0;
+        return parts?.map((part) => ({ resource: { buffer: entry.resource.buffer, ...part } })) ?? [entry];
+      });
+      return bindGroup({ layout: split.layout, entries: number(entries) });
     };
   }
 

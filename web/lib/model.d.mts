@@ -63,6 +63,8 @@ export class Gpu {
   /** Kernels launched so far, and command buffers handed over: differences count a token's. */
   readonly dispatches: number;
   readonly submissions: number;
+  /** Parts of tensors larger than one binding, bound so far. */
+  readonly windows: number;
   readonly lost: DeviceLost | null;
   /** A CPU that plays a GPU. */
   readonly software: boolean;

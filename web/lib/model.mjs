@@ -5,6 +5,8 @@ import { Gpu, parseKernels } from "./gpu.mjs";
 
 const MODULE = "model.wasm";
 const KERNELS = "kernels.json";
+const SOURCES = "kernels.wgsl";
+const ONE_TEXT = ["prefill", "decode_b1", "greedy_b1"]; // what this file calls; other functions compile when called
 const INDEX = "params/tensor-cache.json";
 const [TOKEN, HISTORY] = [0, 2]; // inputs of greedy_b1: token, position, history, active
 
@@ -15,6 +17,25 @@ function argmax(values) {
   let best = 0;
   for (let i = 1; i < values.length; ++i) if (values[i] > values[best]) best = i;
   return best;
+}
+
+// Of functions' launches, the kernels that take some buffer in windows -> see Gpu.bindInWindows.
+function windowsOf(functions) {
+  const found = new Map();
+  for (const { kernel, buffers } of Object.values(functions).flatMap(({ launches }) => launches)) {
+    if (found.has(kernel) || !buffers.some(([kind]) => kind === "window")) continue;
+    const bindings = [];
+    let last = null; // the tensor whose windows came last
+    for (const [kind, ref, offset, size] of buffers) {
+      const of = kind === "window" && JSON.stringify(ref);
+      if (kind !== "window") bindings.push(null);
+      else if (of === last && offset > 0) bindings.at(-1).push({ offset, size });
+      else bindings.push([{ offset, size }]);
+      last = of;
+    }
+    found.set(kernel, bindings);
+  }
+  return found;
 }
 
 export class Model {
@@ -32,11 +53,14 @@ export class Model {
       const kernels = await files.json(KERNELS);
       // other versions of some kernels, for adapters like this one; the last that fits wins
       const variants = (kernels.variants ?? []).filter(({ requires }) => gpu.meets(requires)).map(({ file }) => file);
+      const windows = windowsOf(kernels.functions);
+      const sources = [...(windows.size ? [SOURCES] : []), ...variants];
       const names = Object.keys(manifest.files).filter((name) => name.startsWith("params/"));
-      const total = files.size([MODULE, ...variants, ...names]);
+      const total = files.size([MODULE, ...sources, ...names]);
       let done = 0;
       const onBytes = (count) => onProgress({ stage: "files", done: (done += count), total });
-      for (const file of variants) {
+      gpu.bindInWindows(windows);
+      for (const file of sources) {
         gpu.replaceKernels(parseKernels(new TextDecoder().decode(await files.read(file, onBytes))));
       }
       const module = await files.read(MODULE, onBytes);
@@ -71,7 +95,7 @@ export class Model {
     const { tvm } = this;
     this.vm = this.#scope(() => tvm.detachFromCurrentScope(tvm.createVirtualMachine(this.device)));
     tvm.registerInitProgressCallback((report) => onProgress({ stage: "shaders", done: report.progress, total: 1 }));
-    const shaders = tvm.asyncLoadWebGPUPipelines(this.vm.getInternalModule());
+    const shaders = tvm.asyncLoadWebGPUPipelines(this.#ofOneText(this.vm.getInternalModule()));
     shaders.catch(() => {}); // awaited below, after the weights
     this.params = await this.#weights(files, onBytes);
     const inputs = this.kernels.functions.greedy_b1.inputs;
@@ -82,6 +106,20 @@ export class Model {
     });
     await shaders;
     await this.device.sync();
+  }
+
+  // The module, with no kernels but those of ONE_TEXT in its list: the runtime compiles the others when they are called.
+  #ofOneText(module) {
+    const { functions } = this.kernels;
+    const launches = ONE_TEXT.filter((name) => name in functions).flatMap((name) => functions[name].launches);
+    const wanted = new Set(launches.map(({ kernel }) => kernel));
+    const list = (text) => JSON.stringify(Object.fromEntries(Object.entries(JSON.parse(text)).filter(([name]) => wanted.has(name))));
+    return {
+      getFunction: (name, ...more) => {
+        const found = module.getFunction(name, ...more);
+        return name === "webgpu.get_fmap" ? () => list(found()) : found;
+      },
+    };
   }
 
   async #weights(files, onBytes) {

@@ -1,8 +1,9 @@
 """The GPU targets' side of `attention.AttentionKernels`: our kernels in `kernels/gpu_*.py`, chosen by shape.
 
 Rows whose number is a shape of the caller's (prefill, score) go through the flash kernel, a block for each tile of
-query rows. A fixed small number of rows (decode, verify) would leave a GPU nearly idle that way, so there the keys
-are split instead: many blocks take a piece of the context each, and a second launch combines what they found.
+query rows; in float16 on NVIDIA's GPUs from Ampere on through the one on tensor cores. A fixed small number of rows
+(decode, verify) would leave a GPU nearly idle that way, so there the keys are split instead: many blocks take a piece
+of the context each, and a second launch combines what they found.
 """
 
 from __future__ import annotations
@@ -59,10 +60,13 @@ class GpuKernels:
             return self._split(spec, qkv, cache, rows, batch, count)
         if rows.tree is not None:
             raise ValueError("a tree needs a fixed number of sequences and rows")
-        from gpt2_tvm.kernels.gpu_prefill_attention import prefill_attention
+        from gpt2_tvm.kernels import cuda_prefill_attention, gpu_prefill_attention
 
         out = Tensor.placeholder([*qkv.shape[:2], spec.width], spec.dtype)
-        func = prefill_attention(spec, self.limits)
+        if cuda_prefill_attention.fits(spec, self.limits):
+            func = cuda_prefill_attention.prefill_attention(spec)
+        else:
+            func = gpu_prefill_attention.prefill_attention(spec, self.limits)
         return op.tensor_ir_op(func, "prefill_attention", [qkv, rows.positions, rows.lengths, cache], out)
 
     def _split(self, spec: AttentionSpec, qkv: Tensor, cache: Tensor, rows: Rows, batch: int, count: int) -> Tensor:

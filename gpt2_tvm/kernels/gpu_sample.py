@@ -9,6 +9,9 @@ the range of float32's 2^32 bit patterns, taken as integers in the order of the 
 4. the draw: the largest x / temperature + g of those above the threshold, where g = -log(-log(u)) (Gumbel 1954;
    Maddison et al. 2014, "A* sampling"). Each thread draws for its own logits: the token does not depend on their order.
 
+A thread's loop over its logits ends after as many as it has, a number that no compiler knows: told "50 rounds", nvcc
+unrolled them all and ran out of registers.
+
 u comes from a hash of the row's seed, the position and the token's id (lowbias32, Ellis 2018): the same seed gives the
 same text, whatever the batch, and a step needs no state but the position.
 """
@@ -22,7 +25,6 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from gpt2_tvm.kernels.gpu_prefill_attention import steps
 from gpt2_tvm.kernels.gpu_sampling import LOWEST, _fan, _threads, in_order
 from gpt2_tvm.kernels.spec import GpuLimits
 
@@ -54,7 +56,6 @@ def sample_advance(batch: int, vocab: int, capacity: int, limits: GpuLimits) -> 
     and the position moves on.
     """
     threads = _threads(limits, vocab)
-    rounds = steps(vocab, threads)
     fan = _fan(threads)
 
     # fmt: off
@@ -146,13 +147,12 @@ def sample_advance(batch: int, vocab: int, capacity: int, limits: GpuLimits) -> 
                 # 1. the largest logit
                 key[0] = LOWEST
                 found[0] = 0
-                for i in T.serial(rounds):
-                    if i * threads + tid < vocab:
-                        bits[0] = T.reinterpret("int32", logits[row, i * threads + tid])
-                        bits[0] = in_order(bits[0])
-                        if bits[0] > key[0]:
-                            key[0] = bits[0]
-                            found[0] = i * threads + tid
+                for i in T.serial((vocab - 1 - tid) // threads + 1):
+                    bits[0] = T.reinterpret("int32", logits[row, i * threads + tid])
+                    bits[0] = in_order(bits[0])
+                    if bits[0] > key[0]:
+                        key[0] = bits[0]
+                        found[0] = i * threads + tid
                 best(tid, key, found, keys, indices, last_keys, last_indices)
                 high[0] = key[0]
                 top[0] = logits[row, found[0]]
@@ -161,12 +161,11 @@ def sample_advance(batch: int, vocab: int, capacity: int, limits: GpuLimits) -> 
                 for cut in T.serial(T.Select(choice[row, 0] > 0, HALVINGS, 0)):  # noqa: B007 - WGSL has no _
                     middle(low, high)
                     mine[0] = T.float32(0)  # counts are exact below 2^24
-                    for i in T.serial(rounds):
-                        if i * threads + tid < vocab:
-                            bits[0] = T.reinterpret("int32", logits[row, i * threads + tid])
-                            bits[0] = in_order(bits[0])
-                            if bits[0] >= low[1]:
-                                mine[0] = mine[0] + T.float32(1)
+                    for i in T.serial((vocab - 1 - tid) // threads + 1):
+                        bits[0] = T.reinterpret("int32", logits[row, i * threads + tid])
+                        bits[0] = in_order(bits[0])
+                        if bits[0] >= low[1]:
+                            mine[0] = mine[0] + T.float32(1)
                     total(tid, mine, sums, last, mass)
                     if mass[0] >= T.Cast("float32", choice[row, 0]):
                         low[0] = low[1]
@@ -180,13 +179,12 @@ def sample_advance(batch: int, vocab: int, capacity: int, limits: GpuLimits) -> 
                     if halving == 0:
                         low[1] = low[0]
                     mine[0] = T.float32(0)
-                    for i in T.serial(rounds):
-                        if i * threads + tid < vocab:
-                            x[0] = logits[row, i * threads + tid]
-                            bits[0] = T.reinterpret("int32", x[0])
-                            bits[0] = in_order(bits[0])
-                            if bits[0] >= low[1]:
-                                mine[0] = mine[0] + T.exp((x[0] - top[0]) * scale[0])
+                    for i in T.serial((vocab - 1 - tid) // threads + 1):
+                        x[0] = logits[row, i * threads + tid]
+                        bits[0] = T.reinterpret("int32", x[0])
+                        bits[0] = in_order(bits[0])
+                        if bits[0] >= low[1]:
+                            mine[0] = mine[0] + T.exp((x[0] - top[0]) * scale[0])
                     total(tid, mine, sums, last, mass)
                     if halving == 0:
                         wanted[0] = mass[0] * settings[row, 1]
@@ -201,22 +199,21 @@ def sample_advance(batch: int, vocab: int, capacity: int, limits: GpuLimits) -> 
                 hashed[0] = _mixed(hashed[0])
                 key[0] = LOWEST
                 found[0] = 0
-                for i in T.serial(rounds):
-                    if i * threads + tid < vocab:
-                        x[0] = logits[row, i * threads + tid]
+                for i in T.serial((vocab - 1 - tid) // threads + 1):
+                    x[0] = logits[row, i * threads + tid]
+                    bits[0] = T.reinterpret("int32", x[0])
+                    bits[0] = in_order(bits[0])
+                    if bits[0] >= low[0]:
+                        hashed[1] = T.bitwise_xor(hashed[0], T.Cast("uint32", i * threads + tid))
+                        hashed[1] = _mixed(hashed[1])
+                        mine[0] = _uniform(hashed[1])
+                        mine[0] = -T.log(-T.log(mine[0]))
+                        x[0] = (x[0] - top[0]) * scale[0] + scale[1] * mine[0]
                         bits[0] = T.reinterpret("int32", x[0])
                         bits[0] = in_order(bits[0])
-                        if bits[0] >= low[0]:
-                            hashed[1] = T.bitwise_xor(hashed[0], T.Cast("uint32", i * threads + tid))
-                            hashed[1] = _mixed(hashed[1])
-                            mine[0] = _uniform(hashed[1])
-                            mine[0] = -T.log(-T.log(mine[0]))
-                            x[0] = (x[0] - top[0]) * scale[0] + scale[1] * mine[0]
-                            bits[0] = T.reinterpret("int32", x[0])
-                            bits[0] = in_order(bits[0])
-                            if bits[0] > key[0]:
-                                key[0] = bits[0]
-                                found[0] = i * threads + tid
+                        if bits[0] > key[0]:
+                            key[0] = bits[0]
+                            found[0] = i * threads + tid
                 best(tid, key, found, keys, indices, last_keys, last_indices)
                 if tid == 0:
                     slot[0] = positions[row] + 1

@@ -16,6 +16,7 @@ Tensors are float32, float16 or bfloat16; scores, softmax and sums are float32 a
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,23 +69,28 @@ class GpuLimits:
     """What one block may use.
 
     kind: TVM's target kind ("cuda", "metal", "rocm", "webgpu"). threads_per_block: at most.
-    shared_memory_bytes: at most, for one block. warp_size: threads that run in step (1 where unknown).
+    shared_memory_bytes: at most, for one block. warp_size: threads that run in step (1 where unknown). arch: of CUDA
+    the compute capability, 90 for sm_90a (0 where unknown).
     """
 
     kind: str
     threads_per_block: int
     shared_memory_bytes: int
     warp_size: int
+    arch: int = 0
 
     @classmethod
     def of_target(cls, target: Any) -> GpuLimits:
         """The limits that a ``tvm.target.Target`` states; 48 KiB of shared memory where it states none."""
         attrs = target.attrs
+        kind = str(target.kind.name)
+        arch = re.fullmatch(r"sm_(\d+)[a-z]?", str(attrs.get("arch", ""))) if kind == "cuda" else None
         return cls(
-            kind=str(target.kind.name),
+            kind=kind,
             threads_per_block=int(attrs.get("max_num_threads", 256)),
             shared_memory_bytes=int(attrs.get("max_shared_memory_per_block", 48 * 1024)),
             warp_size=int(attrs.get("thread_warp_size", 1)),
+            arch=int(arch.group(1)) if arch else 0,
         )
 
     def lanes(self, extent: int) -> int:

@@ -111,15 +111,16 @@ class DeviceRounds:
         """The texts, where they end, and no lengths yet."""
         target, slots = self.target, self.target._slots
         history, token = np.zeros((slots, target.max_seq_len), np.int32), np.zeros((slots, 1), np.int32)
-        positions = np.zeros((2, slots), np.int32)
+        positions = np.zeros(slots, np.int32)
         for b, row in enumerate(ids):
             history[b, : len(row)] = row
             token[b, 0] = row[-1]
-        positions[0, : target.batch], positions[1, : target.batch] = target.positions, self.draft.positions
+        positions[: target.batch] = target.positions
         target._int("history", history)
         target._int("greedy_token", token)
-        target._int("positions", positions[0])
-        self.draft._int("positions", positions[1])
+        target._int("positions", positions)
+        # where nothing is drafted too: a draft that stood further back would write over the text
+        self.draft._int("positions", positions)
         self._rows = ([], [])
         self.fresh = True
 

@@ -152,13 +152,13 @@ class DeviceSpeculative(Strategy):
         """Without drafts: what `Greedy` does on a GPU, a few tokens of a single text between two read-backs."""
         self.rounds.fresh = False
         start = time.perf_counter()
-        if len(rows) > 1 or self.engine.artifact.kind == "cpu":
+        n = min(DEVICE_STEPS, rows[0].left)
+        if len(rows) > 1 or n == 1 or self.engine.artifact.kind == "cpu":
             logits = self.decode(rows)
             self.costs.checked(1, time.perf_counter() - start)
             self.length.spent(self.costs, 0, 0, 1.0)
             return [[token] for token in self.choose(logits, rows)]
         row = rows[0]
-        n = min(DEVICE_STEPS, row.left)
         with self.clock("verify"):
             run = self.engine.decode_greedy(n, row.ids[-1])
         best = self.engine.best

@@ -113,6 +113,20 @@ def test_planted_acceptance_gives_the_expected_tokens_a_step(target: Engine, fir
         )
 
 
+def test_each_sequence_of_a_batch_has_its_own_acceptance(target: Engine, first: Engine) -> None:
+    given = prompts(4, seed=13)
+    for name, draft in (("speculative", first), ("lookup", None)):
+
+        def counted(some: list[list[int]], name: str = name, draft: Engine | None = draft) -> list[tuple[int, ...]]:
+            decoding = Decoding(make_strategy(name, target, draft=draft, length="3"), some, 24)
+            assert decoding.run() == text(target, "greedy", some)
+            return [(row.drafted, row.examined, row.accepted) for row in decoding.rows]
+
+        together = counted(given)
+        assert together == [counts for prompt in given for counts in counted([prompt])]
+        assert len({accepted for _, _, accepted in together}) > 1
+
+
 class Liar(Draft):
     """A draft that proposes what it was told, whatever the text."""
 
@@ -186,11 +200,17 @@ def test_a_context_that_fills_up_ends_every_strategy_alike(target: Engine, first
     given = [[1] * 60, prompts(1, seed=8)[0], [2] * 63]
     expected = text(target, "greedy", given, n=100)
     assert [len(tokens) for tokens in expected] == [4, 64 - len(given[1]), 1]
-    for name, draft in (("speculative", first), ("lookup", None), ("naive", None)):
-        strategy = make_strategy(name, target, draft=draft, length="7")
+    perfect = {"plan": Plan(1.0, expected, CONFIG.vocab_size)}
+    for name, options in (
+        *(("speculative", {"draft": first}), ("mixed", {"draft": first}), ("early", {"draft": first})),
+        *(("lookup", {}), ("naive", {}), ("speculative", perfect)),
+    ):
+        strategy = make_strategy(name, target, length="7", **options)  # type: ignore[arg-type]
         decoding = Decoding(strategy, given, 100)
         assert decoding.run() == expected, name
         assert [row.finish for row in decoding.rows] == ["context"] * 3
+    # of a perfect draft's seven tokens only those were asked for that there was room for
+    assert all(row.drafted == row.accepted for row in decoding.rows)
 
 
 def test_a_draft_with_a_shorter_context_stops_drafting(target: Engine, tmp_path: Path) -> None:

@@ -77,9 +77,6 @@ def make_strategy(
         return Speculative(engine, PlantedDraft(plan), tokens, sampling)
     if draft is None:
         raise UserError(f"--strategy {name} needs --draft: the artifact of a smaller model with the same tokenizer")
-    greedy = sampling is None or sampling.greedy
-    if plan is None and name == "speculative" and greedy and usable(engine, draft):
-        return DeviceSpeculative(engine, draft, tokens, sampling)
     if plan is not None:
         check_pair(engine.artifact, draft.artifact)
         planted = PlantedModelDraft(draft, sampling)
@@ -87,12 +84,14 @@ def make_strategy(
         return Speculative(engine, planted, tokens, sampling)
     if name == "mixed":
         return Mixed(engine, draft, tokens, sampling)
+    if name == "early" and not is_early(engine.artifact, draft.artifact):
+        raise UserError(
+            f"{draft.artifact.path} is not the first layers of {engine.artifact.path}; "
+            "make that with python -m gpt2_tvm.decoding.early"
+        )
+    if (sampling is None or sampling.greedy) and usable(engine, draft):
+        return DeviceSpeculative(engine, draft, tokens, sampling)
     if name == "early":
-        if not is_early(engine.artifact, draft.artifact):
-            raise UserError(
-                f"{draft.artifact.path} is not the first layers of {engine.artifact.path}; "
-                "make that with python -m gpt2_tvm.decoding.early"
-            )
         made = with_model(engine, draft, tokens, sampling)
         return Early(engine, made.draft, tokens, sampling)
     return with_model(engine, draft, tokens, sampling)

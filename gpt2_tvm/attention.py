@@ -54,6 +54,7 @@ class AttentionKernels(Protocol):
         """Argmax into token, positions + 1, token remembered in history; all three in place."""
         ...
 
+    speculates: bool  # whether a round of speculation ends on the device (`speculation`): where a read-back is dear
     samples: bool  # whether there is `sample_advance`: where a step is replayed, and a draw on the host would break it
 
     def sample_advance(
@@ -71,6 +72,7 @@ class CpuKernels:
     """Our CPU kernels (`kernels/cpu_*.py`)."""
 
     samples = False
+    speculates = False
 
     def __init__(self, simd_bits: int) -> None:
         self.simd_bits = simd_bits
@@ -136,6 +138,7 @@ class MaterializedAttention:
         self.greedy_advance = kernels.greedy_advance
         self.log_prob = kernels.log_prob
         self.samples = kernels.samples
+        self.speculates = kernels.speculates
         self.sample_advance = kernels.sample_advance
 
     def attend(self, spec: AttentionSpec, qkv: Tensor, cache: Tensor, rows: Rows) -> Tensor:

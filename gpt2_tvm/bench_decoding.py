@@ -168,8 +168,10 @@ def _measure(
     from gpt2_tvm.tokenizer import load_tokenizer
 
     datasets = [load(spec) for spec in specs]
-    paths = list(dict.fromkeys(p for s in subjects for p in (s.model, s.draft) if p is not None))
-    engines = {path: Engine(path, device, threads=options["threads"]) for path in paths}
+    engines, drafts = (
+        {path: Engine(path, device, threads=options["threads"]) for path in dict.fromkeys(paths)}
+        for paths in ([s.model for s in subjects], [s.draft for s in subjects if s.draft is not None])
+    )
     models = {s.model: engines[s.model].artifact for s in subjects}
     units, notes = make_units(
         datasets,
@@ -185,9 +187,9 @@ def _measure(
         path: load_tokenizer(a.tokenizer).eos_id if a.tokenizer and not options["ignore_eos"] else None
         for path, a in models.items()
     }
-    bench = Bench(subjects, units, engines, eos, options["max_tokens"], sampling, int(options["seed"]), repeats)
+    bench = Bench(subjects, units, engines, drafts, eos, options["max_tokens"], sampling, int(options["seed"]), repeats)
     header = {
-        "artifacts": {str(path): engine.artifact.manifest["digest"] for path, engine in engines.items()},
+        "artifacts": {str(path): engine.artifact.manifest["digest"] for path, engine in (engines | drafts).items()},
         "datasets": specs,
         "options": options,
     }
@@ -201,7 +203,7 @@ def _measure(
     baseline = "greedy" if sampling.greedy else "sample"
     if others is not None and others > BUSY_CORES:
         notes.append(f"other programs kept {others:.1f} cores busy meanwhile: measure again on a quiet machine")
-    first = engines[paths[0]]
+    first = next(iter(engines.values()))
     return {
         "device": first.runner.device_name,
         "threads": first.threads,
@@ -211,7 +213,9 @@ def _measure(
         "other_cores": others,
         "notes": notes,
         "versions": versions(),
-        "rows": make_rows(journal.turns, subjects, units, {p: e.artifact for p, e in engines.items()}, baseline),
+        "rows": make_rows(
+            journal.turns, subjects, units, {p: e.artifact for p, e in (engines | drafts).items()}, baseline
+        ),
     }
 
 

@@ -39,6 +39,7 @@ class GpuKernels:
         self.limits = limits
         self.fused_append = fused_append
         self.samples = limits.kind == "cuda"
+        self.speculates = limits.kind in ("cuda", "webgpu")
 
     @classmethod
     def for_target(cls, target: DeviceTarget, fused_append: bool = False) -> GpuKernels:

@@ -264,6 +264,29 @@ class GPT2LMHeadModel(nn.Module):
         """[B, m] candidate tokens, a chain or a tree (`Rows`) -> logits [B, m, V] after each."""
         return self.logits(self.transformer(ids, caches, Rows(positions, lengths, tree, depths)))
 
+    def speculate(
+        self,
+        history: Tensor,
+        token: Tensor,
+        positions: Tensor,
+        drafting: Tensor,
+        lengths: Tensor,
+        tree: Tensor,
+        depths: Tensor,
+        caches: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Check what a draft has written into history [B, S] after positions [B], as many rows as the chain (tree,
+        depths [B, m]) has, and accept what is greedy decoding's: told [B, m + 2] and the state that moved on in place
+        (`kernels.accept_draft`)."""
+        from gpt2_tvm.decoding.rejection import TIE
+        from gpt2_tvm.speculation import accept, best_of_rows, drafted_rows
+
+        ids = drafted_rows(history, positions, int(tree.shape[1]))  # [B, m]
+        logits = self.logits(self.transformer(ids, caches, Rows(positions, lengths, tree, depths)))  # [B, m, V]
+        tolerance = TIE if self.options.scheme.compute_dtype == "float32" else None
+        best = best_of_rows(self.kernels, logits, lengths, tolerance)
+        return accept(self.kernels, best, lengths, token, positions, drafting, history)
+
     def stream(
         self,
         ids: Tensor,
@@ -336,4 +359,8 @@ class GPT2LMHeadModel(nn.Module):
                 rows = tensor([B, m], i32)
                 methods[f"verify_b{B}_m{m}"] = method("verify", ids=rows, tree=rows, depths=rows, **at)
                 methods[f"keep_b{B}_m{m}"] = method("keep", path=rows, **at)
+                if self.kernels.speculates and m > 1:
+                    state = {"history": tensor([B, S], i32), "token": token, "positions": at["positions"]}
+                    state |= {"drafting": at["positions"], "lengths": at["lengths"], "tree": rows, "depths": rows}
+                    methods[f"speculate_b{B}_m{m}"] = method("speculate", **state, caches=at["caches"])
         return nn.spec.ModuleSpec(self, list(methods), list(methods.values()))

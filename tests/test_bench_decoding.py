@@ -85,6 +85,24 @@ def test_prompts_are_spread_over_the_file_and_fit_every_model(tiny_artifact: Pat
         make_units([load("gettysburg")], models, 0, 41, 8, 1)
 
 
+def test_empty_rows_are_left_out_and_told(bundled_artifact: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    models = {bundled_artifact: open_artifact(bundled_artifact)}
+    for name, path in files.items():
+        units, notes = make_units([load(f"{name}:{path}")], models, 0, 1, 8, 1)
+        assert units and all(unit.ids[bundled_artifact][0] for unit in units)
+        assert any(f"{name}: 1 rows without a prompt were left out" in note for note in notes), name
+    nothing = tmp_path / "nothing"
+    for name, content in (
+        ("spider", '[{"question": ""}]'),
+        ("dialogsum", '{"dialogue": ""}\n'),
+        ("e2e", "mr,ref\n,x\n"),
+    ):
+        nothing.write_text(content)
+        with pytest.raises(UserError, match="no row") as error:
+            load(f"{name}:{nothing}")
+        assert "\n" not in str(error.value)
+
+
 def test_text_is_cut_to_tokens_and_what_does_not_fit_is_told(bundled_artifact: Path, tmp_path: Path) -> None:
     models = {bundled_artifact: open_artifact(bundled_artifact)}
     file = tmp_path / "text"
@@ -140,6 +158,26 @@ def test_rows_hold_rates_acceptance_and_theory(tiny_artifact: Path) -> None:
     assert json.loads(render(result, "json"))["rows"][0]["strategy"] == "greedy"
     bars, points = make_figure([first, second]).axes
     assert len(bars.patches) == 10 and len(points.lines) == 3  # the point, its curve, and the line at 1
+    (star,) = points.collections
+    assert star.get_offsets().tolist() == [[0.75, second["optimum_speedup"]]]
+    curve = points.lines[1]
+    at = round(0.75 * (len(curve.get_xdata()) - 1))
+    assert curve.get_ydata()[at] == pytest.approx(second["predicted_speedup"], abs=1e-3)
+
+
+def test_adaptive_lengths_curve_is_the_best_of_all(tiny_artifact: Path) -> None:
+    from gpt2_tvm.decoding.prompts import Unit
+
+    plain, fast = Subject(tiny_artifact, "greedy"), Subject(tiny_artifact, "speculative", tiny_artifact, "adaptive")
+    seen = {"drafted": 12, "examined": 8, "accepted": 6, "draft_s": 0.1, "target_s": {"1": 1.0, "4": 1.2, "8": 1.4}}
+    turns = dict([turn(plain, 0, 1.0, 1), turn(fast, 0, 1.5, 3, **seen)])
+    units = [Unit("text", 0, {tiny_artifact: [[1]]})]
+    rows = make_rows(turns, [plain, fast], units, {tiny_artifact: open_artifact(tiny_artifact)}, "greedy")
+    assert rows[1]["predicted_speedup"] is None and rows[1]["optimum_speedup"] > 1.5
+    curve = make_figure(rows).axes[1].lines[1]
+    at = round(0.75 * (len(curve.get_xdata()) - 1))
+    assert curve.get_ydata()[at] == pytest.approx(rows[1]["optimum_speedup"], abs=1e-3)
+    assert curve.get_ydata()[0] == 1.0 and list(curve.get_ydata()) == sorted(curve.get_ydata())
 
 
 def test_streaming_has_a_curve_beside_speculatives(tiny_artifact: Path) -> None:

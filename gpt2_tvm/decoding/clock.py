@@ -32,6 +32,11 @@ class Clock:
             self._switch()
             self._running.pop()
 
+    def move(self, source: str, to: str, seconds: float) -> None:
+        """Count `seconds` of one name to another: what is known of a time that could not be taken apart."""
+        self.seconds[source] -= seconds
+        self.seconds[to] += seconds
+
     def clear(self) -> None:
         """Begin again at zero."""
         self.seconds.clear()

@@ -1,7 +1,10 @@
 """What drafting and checking have cost so far, and the draft length that gains most at these costs.
 
 The optimum is `theory.speculation`'s: the k with the most expected tokens a second, given how often drafted tokens
-stand and what a draft step and a pass of the target over k + 1 tokens take here.
+stand and what a draft step and a pass of the target over k + 1 tokens take here. It is tried only as far as there is
+credit for it, in plain steps of the target: some to begin with, a little for each step without a draft, and what drafts
+have gained. A round that could lose more, should nothing stand, is not made. So text with adaptive drafts takes no
+longer than START + (1 + EARN) * tokens of these steps, whatever the draft, as far as costs are what they were.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ from gpt2_tvm.theory import speculation
 WINDOW = 15  # of the last samples the median counts: a slow moment of the machine does not
 FORGET = 0.96  # a round: text changes, and with it what a draft is good for
 PRIOR, PRIOR_WEIGHT = 0.6, 4.0  # the acceptance that is assumed before any was seen, worth so many tokens
-FIRST = 3  # tokens to draft while nothing is known of the draft's cost
 MOST = 0.99  # acceptance is never taken for certain
-HOLD = 7  # rounds for which a choice holds: making it takes longer than a round's other host work
+HOLD, SURE = 7, 16  # rounds for which a choice holds (making it takes longer than a round's other host work), once so
+# many tokens were looked at
 IDLE, IDLE_MOST = 16, 256  # rounds without drafts until one is tried again; twice as many each time it does not pay
+START, EARN, CREDIT_MOST = 1.5, 0.02, 8.0  # plain steps: credit at first (and the most that EARN makes), for each
+# plain step, and the most that gains make: what was won long ago is no reason to lose as much
 
 
 class Costs:
@@ -32,12 +37,18 @@ class Costs:
     def __init__(self, padded: Callable[[int], int]) -> None:
         self.padded = padded
         self._draft: deque[float] = deque(maxlen=WINDOW)
+        self._behind: deque[float] = deque(maxlen=WINDOW)
         self._target: dict[int, deque[float]] = {}
 
     def drafted(self, seconds: float, tokens: int) -> None:
         """A draft of `tokens` took `seconds`."""
         if tokens:
             self._draft.append(seconds / tokens)
+
+    def caught_up(self, seconds: float, tokens: int) -> None:
+        """The draft took in `tokens` of the text in `seconds`."""
+        if tokens:
+            self._behind.append(seconds / tokens)
 
     def checked(self, rows: int, seconds: float) -> None:
         """A pass of the target over `rows` took `seconds`."""
@@ -46,16 +57,38 @@ class Costs:
     @property
     def draft_s(self) -> float | None:
         """Seconds a draft step; None before there was one."""
-        return median(self._draft) if self._draft else None
+        return _typical(self._draft) if self._draft else None
+
+    @property
+    def behind_s(self) -> float:
+        """Seconds for each token of the text that a draft has yet to take in; 0 before there was one."""
+        return _typical(self._behind) if self._behind else 0.0
 
     @property
     def target(self) -> dict[int, float]:
         """Seconds of a pass by rows computed."""
-        return {rows: median(samples) for rows, samples in sorted(self._target.items())}
+        return {rows: _typical(samples) for rows, samples in sorted(self._target.items())}
 
     def target_s(self, rows: int) -> float:
         """Seconds of a pass over `rows`: `at_rows` of what was measured."""
         return at_rows(self.target, self.padded(rows))
+
+    def round(self, k: int, behind: int = 0, careful: bool = False) -> float:
+        """A round's cost in plain steps: k drafted tokens, after the draft has taken in `behind` of the text.
+
+        careful: a pass over more rows than any that was measured takes as much longer as it has more rows.
+        """
+        target = self.target
+        plain, rows = at_rows(target, 1), self.padded(k + 1)
+        seconds, widest = at_rows(target, rows), max(target)
+        if careful and rows > widest:
+            seconds *= rows / widest
+        return (k * (self.draft_s or 0.0) + behind * self.behind_s + seconds) / plain
+
+
+def _typical(samples: deque[float]) -> float:
+    """The median; of fewer than three the smallest, as a first call may have something to load."""
+    return median(samples) if len(samples) > 2 else min(samples)
 
 
 def at_rows(measured: Mapping[int, float], rows: int) -> float:
@@ -78,18 +111,29 @@ class DraftLength:
     def start(self, batch: int) -> None:
         """New texts begin."""
 
-    def choose(self, b: int, costs: Costs) -> int:
-        """How many tokens to draft for sequence b."""
+    def wants_draft(self) -> bool:
+        """Whether a draft should take in new prompts at once; otherwise it does when it is first asked."""
+        return self.k > 0
+
+    def choose(self, b: int, costs: Costs, behind: int = 0) -> int:
+        """How many tokens to draft for sequence b; the draft has yet to take in `behind` tokens of its text."""
         return self.k
 
     def saw(self, b: int, examined: int, accepted: int) -> None:
         """Of sequence b's draft, `examined` tokens were looked at and `accepted` of them stood."""
 
+    def spent(self, costs: Costs, k: int, behind: int, tokens: float, passes: int = 1) -> None:
+        """A round ended: k drafted tokens (the longest of the batch), `behind` taken in first, `tokens` new ones a
+        sequence, by so many passes of the target."""
+
 
 @dataclass
 class _Seen:
-    k: int = 0  # the last choice, and for how many rounds more it holds
+    """Of one text, or of all so far."""
+
+    k: int = 0  # the last choice, for how many rounds more it holds, and what it may lose
     holds: int = 0
+    risk: float = 0.0
     examined: float = 0.0
     accepted: float = 0.0
     idle: int = 0  # rounds without a draft since the last one
@@ -102,14 +146,18 @@ class _Seen:
 
 @dataclass
 class Adaptive(DraftLength):
-    """The length that gains most by what was measured so far, of each sequence by its own acceptance; 0 where drafting
-    does not pay, with a try now and then.
+    """The length that gains most by what was measured so far, of each sequence by its own acceptance, as far as there
+    is credit for it; 0 where drafting does not pay, with a try now and then.
 
     Timing decides, so two runs may draft differently: greedy text is the same all the same, sampled text has the same
     distribution but not the same tokens.
+
+    Attributes:
+        credit: how many plain steps of the target drafts may lose.
     """
 
     longest: int
+    credit: float = START
     all: _Seen = field(default_factory=_Seen)  # of all texts so far: where the next one starts
     _rows: list[_Seen] = field(default_factory=list)
 
@@ -117,39 +165,49 @@ class Adaptive(DraftLength):
         """New texts begin, with what all before them have shown."""
         self._rows = [_Seen(idle=self.all.idle, patience=self.all.patience) for _ in range(batch)]
 
+    def wants_draft(self) -> bool:
+        """See `DraftLength.wants_draft`: not while drafts do not pay, unless it is time for another try."""
+        return self.all.idle == 0 or self.all.idle >= self.all.patience
+
     def acceptance(self, b: int) -> float:
         """The share of examined tokens that is expected to stand, for sequence b."""
         row, weight = self._rows[b], PRIOR_WEIGHT
         before = (self.all.accepted + PRIOR * weight) / (self.all.examined + weight)
         return min(MOST, (row.accepted + before * weight) / (row.examined + weight))
 
-    def choose(self, b: int, costs: Costs) -> int:
+    def choose(self, b: int, costs: Costs, behind: int = 0) -> int:
         """See `DraftLength.choose`."""
         if not costs.target:
             return 0  # the first pass shows what one without a draft takes
         row = self._rows[b]
-        if row.holds and (row.k or row.idle + 1 < row.patience):
+        if row.holds and (self.credit >= row.risk if row.k else row.idle + 1 < row.patience):
             row.holds -= 1
             row.idle += not row.k
             return row.k
         draft_s = costs.draft_s
         if draft_s is None:
-            return min(FIRST, self.longest)
+            return 1 if self.credit > 0 else 0  # what a draft costs is found out with one token
         rate = self.acceptance(b)
+        risks = [0.0, *(costs.round(k, behind, careful=True) - 1 for k in range(1, self.longest + 1))]
         target = costs.target  # medians, once for all lengths
 
         def gain(k: int) -> float:
+            if risks[k] > self.credit:
+                return 0.0
             return speculation.speedup_measured(rate, k, draft_s, lambda m: at_rows(target, costs.padded(m)))
 
         k = speculation.best(rate, gain, self.longest).k
-        pays = k > 0
-        if pays:
+        if k > 0:
             row.idle, row.patience = 0, IDLE
         else:
             row.idle += 1
-            if row.idle >= row.patience:
+            # full credit is enough where the draft is at hand: a cost may have been measured in a bad moment
+            allowed = risks[1] <= self.credit or (self.credit >= START and not behind)
+            if row.idle >= row.patience and allowed:
                 row.idle, row.patience, k = 0, min(2 * row.patience, IDLE_MOST), 1
-        row.k, row.holds = k if pays else 0, HOLD
+        tried = k > 0 and row.patience > IDLE
+        sure = self.all.examined >= SURE and not tried
+        row.k, row.holds, row.risk = (0 if tried else k), HOLD if sure else 0, risks[k]
         self.all.idle, self.all.patience = row.idle, row.patience
         return k
 
@@ -158,6 +216,13 @@ class Adaptive(DraftLength):
         if examined:
             self._rows[b].add(examined, accepted)
             self.all.add(examined, accepted)
+
+    def spent(self, costs: Costs, k: int, behind: int, tokens: float, passes: int = 1) -> None:
+        """See `DraftLength.spent`."""
+        if k:
+            self.credit = min(self.credit + tokens - costs.round(k, behind) - (passes - 1), CREDIT_MOST)
+        elif self.credit < START:
+            self.credit += EARN
 
 
 def draft_length(text: str, longest: int) -> DraftLength:

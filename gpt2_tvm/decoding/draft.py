@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,19 +28,29 @@ class Proposal:
     shares: list[np.ndarray | None] = field(default_factory=list)
 
 
-class Draft(Protocol):
-    """What proposes tokens."""
+class Draft(ABC):
+    """What proposes tokens. One without a state of its own has nothing to begin with and is never behind."""
 
-    def begin(self, rows: Sequence[TextRow], rngs: Sequence[np.random.Generator]) -> None:
-        """Take in new prompts; `rngs` are the sequences' own generators."""
-        ...
+    def begin(self, rows: Sequence[TextRow], rngs: Sequence[np.random.Generator], now: bool = True) -> int:
+        """New prompts; `rngs` are the sequences' own generators. now: take them in at once, rather than when first
+        asked -> how many tokens that were, the longest's."""
+        return 0
 
+    def behind(self, rows: Sequence[TextRow]) -> list[int]:
+        """How many tokens of each text must be taken in before one can be proposed; those of the last round are not
+        counted."""
+        return [0] * len(rows)
+
+    def catch_up(self, rows: Sequence[TextRow], wanted: Sequence[bool]) -> int:
+        """Take in what is `behind` for the rows that are wanted -> how many tokens that were, the longest's."""
+        return 0
+
+    @abstractmethod
     def propose(self, rows: Sequence[TextRow], counts: Sequence[int]) -> list[Proposal]:
         """Up to counts[b] tokens to follow rows[b].ids, for each row."""
-        ...
 
 
-class ModelDraft:
+class ModelDraft(Draft):
     """A smaller model, or the same one in int8 or with fewer layers, one decode step a token.
 
     Greedy drafts come out of one loop on the device, with one read-back a round. The cache needs no telling what became
@@ -59,19 +70,55 @@ class ModelDraft:
         self._cached: list[int] = []  # how many ids in the cache are certainly the text's
         self._guessed: list[list[int]] = []  # ids after them that were guesses when they were taken in
 
-    def begin(self, rows: Sequence[TextRow], rngs: Sequence[np.random.Generator]) -> None:
+    def begin(self, rows: Sequence[TextRow], rngs: Sequence[np.random.Generator], now: bool = True) -> int:
         """See `Draft.begin`."""
         self._rngs = rngs
-        fits = [len(row.ids) < self.engine.max_seq_len for row in rows]
         self.engine.reset()
-        self.engine.prefill([row.ids if fit else [SPARE] for row, fit in zip(rows, fits, strict=True)])
-        self._cached = [len(row.ids) if fit else 0 for row, fit in zip(rows, fits, strict=True)]
-        self._guessed = [[] for _ in rows]
+        self._cached, self._guessed = [0] * len(rows), [[] for _ in rows]
+        return self._begin([row.ids if len(row.ids) < self.engine.max_seq_len else [] for row in rows]) if now else 0
+
+    def _begin(self, prompts: Sequence[list[int]]) -> int:
+        self.engine.prefill([ids or [SPARE] for ids in prompts])
+        self._cached = [len(ids) for ids in prompts]
+        return max(self._cached)
+
+    def behind(self, rows: Sequence[TextRow]) -> list[int]:
+        """See `Draft.behind`; 0 where the text is beyond the draft's context and nothing is proposed."""
+        self._match(rows)
+        late = [len(row.ids) - 1 - at for row, at in zip(rows, self._cached, strict=True)]
+        # one token is what a round leaves whose tokens all stand; it goes into the next round's first pass
+        least = 2 if self.engine.batch else 1
+        return [n if n >= least and self._space(row) > 0 else 0 for row, n in zip(rows, late, strict=True)]
+
+    def _space(self, row: TextRow) -> int:
+        """How many tokens may be proposed: the k-th needs len(ids) + k - 1 in the cache."""
+        return self.engine.max_seq_len + 1 - len(row.ids)
+
+    def catch_up(self, rows: Sequence[TextRow], wanted: Sequence[bool]) -> int:
+        """See `Draft.catch_up`."""
+        late = [
+            row.ids[self._cached[b] : -1] if wanted[b] and self._space(row) > 0 else [] for b, row in enumerate(rows)
+        ]
+        if not any(late):
+            return 0
+        if self.engine.batch == 0:
+            return self._begin(late)
+        self._settle([not ids for ids in late])
+        given, longest, widths = (
+            [ids or [SPARE] for ids in late],
+            max(map(len, late)),
+            self.engine.artifact.verify_widths,
+        )
+        if widths and longest <= widths[-1]:
+            self.engine.verify(given)
+        else:
+            self.engine.prefill(given)
+        self._cached = [at + len(ids) for at, ids in zip(self._cached, late, strict=True)]
+        return longest
 
     def propose(self, rows: Sequence[TextRow], counts: Sequence[int]) -> list[Proposal]:
         """See `Draft.propose`."""
-        # the k-th token needs len(ids) + k - 1 in the cache
-        space = [self.engine.max_seq_len + 1 - len(row.ids) for row in rows]
+        space = [self._space(row) for row in rows]
         wanted = [max(0, min(n, s)) if row.live else 0 for n, s, row in zip(counts, space, rows, strict=True)]
         made = [Proposal() for _ in rows]
         if not any(wanted):

@@ -79,7 +79,8 @@ def _name(row: Json) -> str:
 
 
 def _gain(axis: Any, rows: Sequence[Json]) -> None:
-    """Points are measured; a curve is the theory's for the costs of the points in its colour."""
+    """Points are measured; a curve is the theory's for the costs of the points in its colour, for adaptive length the
+    best of all lengths' (dashed); stars are the optimum that it predicts at the measured acceptance, and its length."""
     groups: dict[tuple[Any, ...], list[Json]] = {}
     for row in rows:
         key = (row["artifact"], row["strategy"], row["draft"], row["draft_length"])
@@ -90,20 +91,38 @@ def _gain(axis: Any, rows: Sequence[Json]) -> None:
         points = [(row["acceptance"], row["speedup"]) for row in group]
         axis.plot(*zip(*points, strict=True), "o", color=colour, label=label)
         costs = next((row for row in group if row["cost_ratio"] is not None), None)
-        if costs is None or not str(length).isdecimal() or len(axis.lines) > 2 * MOST_CURVES:
+        if costs is None or len(axis.lines) > 2 * MOST_CURVES:
             continue
-        verify = {int(m): c for m, c in costs["verify_cost"].items()}
-        k = int(length)
-        wide = at_rows(verify, next((m for m in sorted(verify) if m > k), max(verify)))
-        share = costs["drafted_share"]
-        cost = 1 - share + share * (k * costs["cost_ratio"] + wide)
-        gains = [(1 + share * (speculation.expected_tokens(float(a), k) - 1)) / cost for a in rates]
-        axis.plot(rates, gains, "-", color=colour)
+        for row in group:
+            if row["optimum_speedup"] is not None:
+                axis.scatter(
+                    row["acceptance"], row["optimum_speedup"], marker="*", s=90, facecolors="none", color=colour
+                )
+                where = (row["acceptance"], row["optimum_speedup"])
+                axis.annotate(f"k={row['optimum_length']}", where, (4, 4), textcoords="offset points", fontsize=7)
+        if str(length).isdecimal():
+            axis.plot(rates, [_predicted(costs, int(length), float(a)) for a in rates], "-", color=colour)
+        else:
+            longest = max(map(int, costs["verify_cost"])) - 1
+            best = [max(_predicted(costs, k, float(a)) for k in range(longest + 1)) for a in rates]
+            axis.plot(rates, best, "--", color=colour)
     axis.axhline(1, color="#777777", linewidth=0.8)
     axis.set_xlim(0, 1)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("acceptance (share of examined drafted tokens that stood)")
     axis.set_ylabel("times as fast as without drafts")
-    axis.set_title("Points: measured; lines: (1 - a^(k+1)) / (1 - a) tokens a step at these costs", fontsize=10)
+    title = "Points: measured; lines: (1 - a^(k+1)) / (1 - a) tokens a step at these costs; stars: the best length"
+    axis.set_title(title, fontsize=9)
     if groups:
         axis.legend(fontsize=8)
+
+
+def _predicted(costs: Json, k: int, rate: float) -> float:
+    """Times as fast as without drafts, at a row's costs, with k drafted tokens of which `rate` stand."""
+    if k == 0:
+        return 1.0
+    verify = {int(m): c for m, c in costs["verify_cost"].items()}
+    wide = at_rows(verify, next((m for m in sorted(verify) if m > k), max(verify)))
+    share = costs["drafted_share"]
+    cost = 1 - share + share * (k * costs["cost_ratio"] + wide)
+    return float((1 + share * (speculation.expected_tokens(rate, k) - 1)) / cost)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from gpt2_tvm.decoding.costs import DraftLength
-from gpt2_tvm.decoding.draft import Proposal
+from gpt2_tvm.decoding.draft import Draft, Proposal
 from gpt2_tvm.decoding.sampling import Sampling
 from gpt2_tvm.decoding.speculative import Speculative
 from gpt2_tvm.decoding.strategy import TextRow
@@ -55,18 +55,19 @@ class Index:
         return []
 
 
-class LookupDraft:
+class LookupDraft(Draft):
     """`Index` of every row, its prompt and what was written since."""
 
     def __init__(self, shortest: int = SHORTEST) -> None:
         self.shortest = shortest
         self._indices: list[Index] = []
 
-    def begin(self, rows: Sequence[TextRow], rngs: Sequence[np.random.Generator]) -> None:
-        """See `Draft.begin`."""
+    def begin(self, rows: Sequence[TextRow], rngs: Sequence[np.random.Generator], now: bool = True) -> int:
+        """See `Draft.begin`: prompts are indexed at once, which costs next to nothing."""
         self._indices = [Index(self.shortest) for _ in rows]
         for index, row in zip(self._indices, rows, strict=True):
             index.extend(row.ids)
+        return 0
 
     def propose(self, rows: Sequence[TextRow], counts: Sequence[int]) -> list[Proposal]:
         """See `Draft.propose`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from gpt2_tvm.decoding.device_speculative import DeviceSpeculative
 from gpt2_tvm.decoding.planted import Plan, PlantedDraft, PlantedModelDraft
 from gpt2_tvm.decoding.prompts import Unit
 from gpt2_tvm.decoding.registry import make_strategy
@@ -50,7 +51,8 @@ class Bench:
 
     Args:
         subjects, units: what to run on what.
-        engines: by artifact; one each, shared by all subjects.
+        engines, drafts: of targets and of drafts, by artifact; one each, shared by all subjects. An artifact that is
+            both has two.
         eos: end-of-text ids by model.
         max_tokens, sampling, seed, repeats: as the command line has them.
     """
@@ -58,6 +60,7 @@ class Bench:
     subjects: Sequence[Subject]
     units: Sequence[Unit]
     engines: Mapping[Path, Engine]
+    drafts: Mapping[Path, Engine]
     eos: Mapping[Path, int | None]
     max_tokens: int
     sampling: Sampling
@@ -113,13 +116,13 @@ class Bench:
             "examined": sum(row.examined for row in rows),
             "accepted": sum(row.accepted for row in rows),
         }
-        if isinstance(strategy, Speculative | Streaming):
+        if isinstance(strategy, Speculative | DeviceSpeculative | Streaming):
             line["draft_s"] = strategy.costs.draft_s
             line["target_s"] = {str(rows): seconds for rows, seconds in strategy.costs.target.items()}
         return line
 
     def _make(self, subject: Subject) -> Strategy:
-        draft = self.engines[subject.draft] if subject.draft else None
+        draft = self.drafts[subject.draft] if subject.draft else None
         plan = None
         if subject.planted is not None:
             plan = Plan(subject.planted, [], self.engines[subject.model].config.vocab_size, self.seed)

@@ -20,16 +20,24 @@ if TYPE_CHECKING:
 SHORTEST = 3  # ids that must agree: a model is a better guide than two
 
 
-class MixedDraft:
+class MixedDraft(Draft):
     """`first` proposes, and `second` for the rows where it has nothing to say."""
 
     def __init__(self, first: Draft, second: Draft) -> None:
         self.first, self.second = first, second
 
-    def begin(self, rows: Sequence[TextRow], rngs: Sequence[np.random.Generator]) -> None:
+    def begin(self, rows: Sequence[TextRow], rngs: Sequence[np.random.Generator], now: bool = True) -> int:
         """See `Draft.begin`."""
-        self.first.begin(rows, rngs)
-        self.second.begin(rows, rngs)
+        return max(self.first.begin(rows, rngs, now), self.second.begin(rows, rngs, now))
+
+    def behind(self, rows: Sequence[TextRow]) -> list[int]:
+        """See `Draft.behind`."""
+        return self.second.behind(rows)
+
+    def catch_up(self, rows: Sequence[TextRow], wanted: Sequence[bool]) -> int:
+        """See `Draft.catch_up`: only for rows where the first has nothing to say."""
+        said = self.first.propose(rows, [int(want) for want in wanted])
+        return self.second.catch_up(rows, [w and not p.tokens for w, p in zip(wanted, said, strict=True)])
 
     def propose(self, rows: Sequence[TextRow], counts: Sequence[int]) -> list[Proposal]:
         """See `Draft.propose`."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpt2_tvm.decoding.draft import ModelDraft, Proposal
+from gpt2_tvm.decoding.draft import Draft, ModelDraft, Proposal
 from gpt2_tvm.decoding.strategy import TextRow
 from gpt2_tvm.errors import UserError
 
@@ -38,14 +38,11 @@ class Plan:
         return right if self._rng.random() < self.rate else (right + 1) % self.vocab
 
 
-class PlantedDraft:
+class PlantedDraft(Draft):
     """`Plan` for nothing: what drafts that cost no time would gain."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-
-    def begin(self, rows: Sequence[TextRow], rngs: Sequence[np.random.Generator]) -> None:
-        """See `Draft.begin`: nothing to do."""
 
     def propose(self, rows: Sequence[TextRow], counts: Sequence[int]) -> list[Proposal]:
         """See `Draft.propose`."""
@@ -54,7 +51,7 @@ class PlantedDraft:
 
 
 class PlantedModelDraft(ModelDraft):
-    """`Plan` at the cost of a model, which is run as if the tokens were its own: those of its cache are its own."""
+    """`Plan` at the cost of a model, which is run as if the tokens were its own: its cache counts as holding them."""
 
     plan: Plan
 
@@ -63,4 +60,5 @@ class PlantedModelDraft(ModelDraft):
         made = super().propose(rows, counts)
         for b, (row, p) in enumerate(zip(rows, made, strict=True)):
             p.tokens = [self.plan.token(b, row, i) for i in range(len(p.tokens))]
+            self._guessed[b] = p.tokens[: len(self._guessed[b])]
         return made

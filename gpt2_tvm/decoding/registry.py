@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from gpt2_tvm.engine import Engine
 
 PLAIN = ("naive", "greedy", "sample")
-DRAFTED = ("speculative", "lookup", "mixed", "early", "streaming")
-WITH_DRAFT = ("speculative", "mixed", "early")  # take a second artifact  # take a draft length
+DRAFTED = ("speculative", "lookup", "mixed", "early", "streaming")  # take a draft length; of these, a second artifact:
+WITH_DRAFT = ("speculative", "mixed", "early")
 NAMES = (*PLAIN, *DRAFTED)
 
 
@@ -44,6 +44,8 @@ def make_strategy(
     Raises UserError where a draft is missing, too much, or does not fit.
     """
     from gpt2_tvm.decoding.costs import draft_length
+    from gpt2_tvm.decoding.device_rounds import usable
+    from gpt2_tvm.decoding.device_speculative import DeviceSpeculative
     from gpt2_tvm.decoding.draft import check_pair
     from gpt2_tvm.decoding.early import Early, is_early
     from gpt2_tvm.decoding.greedy import Greedy
@@ -58,6 +60,8 @@ def make_strategy(
     check_name(name)
     if draft is not None and name not in WITH_DRAFT:
         raise UserError(f"--strategy {name} takes no --draft; leave it out, or choose speculative")
+    if draft is engine:
+        raise ValueError("a draft needs an engine of its own, with caches of its own")
     if name in PLAIN:
         return (Naive if name == "naive" else Greedy if name == "greedy" else Sampled)(engine, sampling)
     if name == "streaming":
@@ -80,12 +84,14 @@ def make_strategy(
         return Speculative(engine, planted, tokens, sampling)
     if name == "mixed":
         return Mixed(engine, draft, tokens, sampling)
+    if name == "early" and not is_early(engine.artifact, draft.artifact):
+        raise UserError(
+            f"{draft.artifact.path} is not the first layers of {engine.artifact.path}; "
+            "make that with python -m gpt2_tvm.decoding.early"
+        )
+    if (sampling is None or sampling.greedy) and usable(engine, draft):
+        return DeviceSpeculative(engine, draft, tokens, sampling)
     if name == "early":
-        if not is_early(engine.artifact, draft.artifact):
-            raise UserError(
-                f"{draft.artifact.path} is not the first layers of {engine.artifact.path}; "
-                "make that with python -m gpt2_tvm.decoding.early"
-            )
         made = with_model(engine, draft, tokens, sampling)
         return Early(engine, made.draft, tokens, sampling)
     return with_model(engine, draft, tokens, sampling)

@@ -12,6 +12,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+# Verify and decode add up in another order. Where that could decide which float32 logit is the largest, decode decides,
+# as it does for greedy text. Half precision would be at it all the time: there a tie may fall either way.
+TIE = 2e-5
+
 
 def draw(shares: np.ndarray, rng: np.random.Generator) -> int:
     """An index, drawn with the probabilities `shares` [n] (any positive scale). Takes one number from `rng`."""

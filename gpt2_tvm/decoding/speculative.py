@@ -13,17 +13,13 @@ import numpy as np
 
 from gpt2_tvm.decoding.costs import Costs, DraftLength
 from gpt2_tvm.decoding.draft import Draft, ModelDraft, Proposal, check_pair
-from gpt2_tvm.decoding.rejection import accept_greedy, accept_sampled, near_tie
+from gpt2_tvm.decoding.rejection import TIE, accept_greedy, accept_sampled, near_tie
 from gpt2_tvm.decoding.sampling import Sampling
 from gpt2_tvm.decoding.strategy import SPARE, Strategy, TextRow, park
 from gpt2_tvm.errors import UserError
 
 if TYPE_CHECKING:
     from gpt2_tvm.engine import Engine
-
-# Verify and decode add up in another order. Where that could decide which float32 logit is the largest, decode decides,
-# as it does for greedy text. Half precision would be at it all the time: there a tie may fall either way.
-TIE = 2e-5
 
 
 class Speculative(Strategy):
@@ -52,17 +48,26 @@ class Speculative(Strategy):
     def begin(self, rows: Sequence[TextRow]) -> list[int]:
         """See `Strategy.begin`."""
         first = super().begin(rows)
-        self.draft.begin(rows, self.rngs)
         self.length.start(len(rows))
+        start = time.perf_counter()
+        taken = self.draft.begin(rows, self.rngs, self.length.wants_draft())
+        self.costs.caught_up(time.perf_counter() - start, taken)
         return first
 
     def step(self, rows: Sequence[TextRow]) -> list[list[int]]:
         """See `Strategy.step`: for each row the drafted tokens that stand and one of the target's own."""
         # one token is always the target's own: a draft never overruns what may still come, nor the context
-        counts = [min(self.length.choose(b, self.costs), row.left - 1) if row.live else 0 for b, row in enumerate(rows)]
+        behind = self.draft.behind(rows)
+        counts = [
+            min(self.length.choose(b, self.costs, behind[b]), row.left - 1) if row.live and row.left > 1 else 0
+            for b, row in enumerate(rows)
+        ]
+        late = self._catch_up(rows, counts) if any(n for n, count in zip(behind, counts, strict=True) if count) else 0
         drafted = self._propose(rows, counts)
         if not any(p.tokens for p in drafted):
-            return self._plain(rows)
+            new = self._plain(rows)
+            self.length.spent(self.costs, 0, 0, 1.0)
+            return new
         given = [[row.ids[-1], *p.tokens] if row.live else [SPARE] for row, p in zip(rows, drafted, strict=True)]
         with self.clock("rollback"):
             park(self.engine, rows)
@@ -84,6 +89,9 @@ class Speculative(Strategy):
                 row.examined += examined
                 row.accepted += accepted
                 self.length.saw(b, examined, accepted)
+        fresh = [len(n) for n, row in zip(new, rows, strict=True) if row.live]
+        longest = max(len(p.tokens) for p in drafted)
+        self.length.spent(self.costs, longest, late, sum(fresh) / len(fresh), 1 + any(doubtful))
         return new
 
     def _plain(self, rows: Sequence[TextRow]) -> list[list[int]]:
@@ -93,6 +101,13 @@ class Speculative(Strategy):
         self.costs.checked(1, time.perf_counter() - start)
         with self.clock("sample"):
             return [[token] for token in self.choose(logits, rows)]
+
+    def _catch_up(self, rows: Sequence[TextRow], counts: Sequence[int]) -> int:
+        with self.clock("draft"):
+            start = time.perf_counter()
+            taken = self.draft.catch_up(rows, [count > 0 for count in counts])
+            self.costs.caught_up(time.perf_counter() - start, taken)
+        return taken
 
     def _propose(self, rows: Sequence[TextRow], counts: Sequence[int]) -> list[Proposal]:
         if not any(counts):
@@ -164,12 +179,15 @@ class Speculative(Strategy):
                 row.steps += 1
 
     def _padded(self, rows: int) -> int:
-        """Rows that the target computes when `rows` are wanted."""
-        widths = self.engine.artifact.verify_widths
-        if rows <= 1:
-            return 1
-        whole, rest = divmod(rows, widths[-1])
-        return whole * widths[-1] + (next(w for w in widths if w >= rest) if rest else 0)
+        return padded_rows(self.engine.artifact.verify_widths, rows)
+
+
+def padded_rows(widths: Sequence[int], rows: int) -> int:
+    """Rows that a target with these verify widths computes when `rows` are wanted."""
+    if rows <= 1:
+        return 1
+    whole, rest = divmod(rows, widths[-1])
+    return whole * widths[-1] + (next(w for w in widths if w >= rest) if rest else 0)
 
 
 def with_model(engine: Engine, draft: Engine, length: DraftLength, sampling: Sampling | None = None) -> Speculative:

@@ -113,6 +113,7 @@ class Streaming(Strategy):
             start = time.perf_counter()
             logits = self.decode(rows)
             self.costs.checked(1, time.perf_counter() - start)
+            self.length.spent(self.costs, 0, 0, 1.0)
             with self.clock("sample"):
                 return [[token] for token in self.choose(logits, rows)]
         with self.clock("rollback"):
@@ -125,8 +126,11 @@ class Streaming(Strategy):
         with self.clock("verify"):
             start = time.perf_counter()
             logits, kept, streams = self.engine.stream(given, parents)
-            self.costs.checked(self.rows, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self.costs.checked(self.rows, seconds)
             self.costs.drafted(0.0, 1)
+            # a text that the streams have said nothing of takes a pass that gains nothing before the first that may
+            self.costs.caught_up(max(0.0, seconds - self.costs.target_s(1)), 1)
         with self.clock("sample"):
             new, doubtful = [], [False] * len(rows)
             for b, row in enumerate(rows):
@@ -143,6 +147,8 @@ class Streaming(Strategy):
         for b, (row, tree) in enumerate(zip(rows, trees, strict=True)):
             if row.live and tree is not None:
                 self._count(b, row, tree, len(new[b]) - 1)
+        made = [len(n) for n, row in zip(new, rows, strict=True) if row.live]
+        self.length.spent(self.costs, 1, 0, sum(made) / len(made), 1 + any(doubtful))
         return new
 
     def _tree(self, b: int, row: TextRow) -> Tree | None:
@@ -151,11 +157,12 @@ class Streaming(Strategy):
             return None
         said = self._said[b]
         self._said[b] = None
-        wanted = self.length.choose(b, self.costs)
+        wanted = self.length.choose(b, self.costs, behind=int(said is None)) if row.left > 1 else 0
+        if not wanted:
+            return None
         if said is None:
-            return Tree() if wanted and row.left > 1 else None
-        # what the streams have said is paid for: it is used up, whatever is thought of going on
-        depth = min(wanted or len(said), row.left - 1)
+            return Tree()
+        depth = min(wanted, row.left - 1)
         room = self.engine.max_seq_len - len(row.ids)  # a tree is in the cache as a whole before a branch is kept
         return likeliest_paths(said, depth, min(self.rows - 1, room))
 

@@ -156,6 +156,7 @@ class StepGraphs:
         self._owner: Handle | None = None  # the first cache of the call before: another one, another batch
         self._allocated: dict[int, Any] = {}
         self._made: Any = None
+        self._plainly = False
 
     @contextmanager
     def builtins(self) -> Iterator[None]:
@@ -191,6 +192,18 @@ class StepGraphs:
             self._made = None
         return result
 
+    def plainly(self, invoke: Callable[[], Any]) -> Any:
+        """`invoke` a step without a graph of its own: as part of one that somebody else captures."""
+        before, self._plainly = self._plainly, True
+        try:
+            return invoke()
+        finally:
+            self._plainly = before
+
+    def refuse(self, error: Exception) -> None:
+        """Capture no more, because of `error`."""
+        self.refused = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
     def clear(self) -> None:
         """Drop every graph, and what it holds."""
         for name in list(self._steps):
@@ -208,12 +221,12 @@ class StepGraphs:
 
         run = tvm_ffi.get_global_func("vm.builtin.invoke_closure")
         result = run(machine, closure, *arguments)
-        if not self.refused:
+        if not self.refused and not self._plainly:
             try:
                 self._made = self.driver.capture(lambda: run(machine, closure, *arguments))
                 self.captures += 1
             except Exception as error:
-                self.refused = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                self.refuse(error)
         return result
 
     def _cached_alloc(self, machine: Any, allocate: Any, index: int) -> Any:

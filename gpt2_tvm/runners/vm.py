@@ -74,6 +74,15 @@ class VmRunner:
             return self.graphs.call(name, inputs, lambda: self._call(name, inputs, with_params))
         return self._call(function, inputs, with_params)
 
+    def has_graph(self, function: str) -> bool:
+        """Whether the artifact has `function` as a CUDA graph."""
+        return function in self._graphed
+
+    def replayed(self, function: str, inputs: Sequence[Handle | Sequence[Handle]], with_params: bool = True) -> Any:
+        """`call` of a function that `has_graph`, for a graph that somebody else captures: its kernels, no more."""
+        assert self.graphs is not None
+        return self.graphs.plainly(lambda: self._call(PREFIX + function, inputs, with_params))
+
     def _call(self, function: str, inputs: Sequence[Handle | Sequence[Handle]], with_params: bool) -> Any:
         if function not in self._functions:
             self._functions[function] = self._vm[function]

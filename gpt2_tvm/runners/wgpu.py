@@ -10,6 +10,7 @@ no allocation, no new bind groups, no uniform written. Memory between kernels is
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class WgpuTensor:
 
 
 @dataclass(frozen=True)
-class _Bound:
+class Bound:
     """A function bound to its inputs: what to submit, and the tensors to return. Holds the inputs, whose identity
     is its key.
     """
@@ -72,7 +73,7 @@ class WgpuRunner:
         self._choose_variants(artifact.path, listed.get("variants", []))
         self.threads: int | None = None
         self._params = self._upload_params(artifact)
-        self._bound: dict[str, tuple[Key, _Bound]] = {}
+        self._bound: dict[str, tuple[Key, Bound]] = {}
         self._scratch: list[Any] = []  # memory between kernels, shared by all functions: they run one after another
 
     def _choose_variants(self, folder: Path, variants: Sequence[Mapping[str, Any]]) -> None:
@@ -124,14 +125,19 @@ class WgpuRunner:
         return self._device.read_later(tensor.buffer, tensor.shape, tensor.dtype)
 
     def call(self, function: str, inputs: Sequence[WgpuTensor | Sequence[WgpuTensor]], with_params: bool = True) -> Any:
+        bound = self.bound(function, inputs)
+        self._device.submit(bound.launches)
+        return bound.outputs
+
+    def bound(self, function: str, inputs: Sequence[WgpuTensor | Sequence[WgpuTensor]]) -> Bound:
+        """A function's launches with these inputs, and what it will return; kept until it is bound to others."""
         key = tuple(tuple(map(id, x)) if isinstance(x, list) else id(x) for x in inputs)
         known, bound = self._bound.get(function, (None, None))
         if bound is None or known != key:
             self._forget(key)
             bound = self._bind(function, list(inputs))
             self._bound[function] = key, bound
-        self._device.submit(bound.launches)
-        return bound.outputs
+        return bound
 
     def sync(self) -> None:
         self._device.wait()
@@ -162,7 +168,7 @@ class WgpuRunner:
 
     # Binding ---------------------------------------------------------------------------------------------------------
 
-    def _bind(self, function: str, inputs: list[Any]) -> _Bound:
+    def _bind(self, function: str, inputs: list[Any]) -> Bound:
         from gpt2_tvm.runners.wgpu_device import Part
 
         if function not in self._functions:
@@ -198,7 +204,7 @@ class WgpuRunner:
             scalars = [evaluate(scalar, sizes) for scalar in launch["scalars"]]
             grid = [evaluate(extent, sizes) for extent in launch["grid"]]
             launches.append(self._device.launch(kernel, buffers, scalars, grid))
-        return _Bound(launches, find(program["outputs"]), inputs)
+        return Bound(launches, find(program["outputs"]), inputs)
 
     def _allocate(self, program: Mapping[str, Any], sizes: Mapping[str, int]) -> list[Any]:
         """Buffers for a program's storages: its own for what it returns, else the ones that all programs share."""
@@ -257,11 +263,23 @@ def _read_list(path: Path) -> Mapping[str, Any]:
     raise UserError(f"{path} cannot be used ({reason}); compile the artifact again with --target webgpu")
 
 
+_open: weakref.WeakValueDictionary[str, Device] = weakref.WeakValueDictionary()
+
+
 def open_device(device: str | None) -> Device:
-    """The device that "webgpu" (or None: the system's choice) or "webgpu:<number>" names; UserError for others."""
+    """The device that "webgpu" (or None: the system's choice) or "webgpu:<number>" names; UserError for others. The
+    same one for as long as someone holds it: a model and its draft can share buffers."""
+    name = device or "webgpu"
+    found = _open.get(name)
+    if found is None:
+        found = _open[name] = _new_device(name)
+    return found
+
+
+def _new_device(device: str) -> Device:
     from gpt2_tvm.runners.wgpu_device import Device
 
-    kind, _, number = (device or "webgpu").partition(":")
+    kind, _, number = device.partition(":")
     if kind != "webgpu" or (number and not number.isdigit()):
         raise UserError(f"a webgpu artifact runs on webgpu or webgpu:<number>, not on {device}; compile it for {kind}")
     if not number:

@@ -70,20 +70,25 @@ def write_module(module: Any, target: DeviceTarget, folder: Path, note: Say) -> 
 
     Where that cannot be done (no emcc) nothing is written and `note` is told why: wgpu runs the artifact without.
     """
-    import tvm
-
-    from gpt2_tvm.schedules.webgpu_pipeline import pipeline_name
-
     try:
-        runtime = runtime_objects(note)
-        where = wasm_target(target)
-        with where:
-            executable = tvm.compile(module, target=where, relax_pipeline=None, tir_pipeline=pipeline_name(where))
-        export(executable, folder / MODULE, runtime=runtime)
+        link_module(module, target, folder, note)
     except UserError as error:
         note(f"no {MODULE}, so this artifact runs through wgpu and not in a page: {error}")
         return []
     return [MODULE]
+
+
+def link_module(module: Any, target: DeviceTarget, folder: Path, note: Say) -> None:
+    """The same for an artifact that is nothing without: UserError where emcc is missing or fails."""
+    import tvm
+
+    from gpt2_tvm.schedules.webgpu_pipeline import pipeline_name
+
+    runtime = runtime_objects(note)
+    where = wasm_target(target)
+    with where:
+        executable = tvm.compile(module, target=where, relax_pipeline=None, tir_pipeline=pipeline_name(where))
+    export(executable, folder / MODULE, runtime=runtime)
 
 
 def manifest(target: DeviceTarget, folder: Path, capacity: int) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from gpt2_tvm.files import MARKER, sha256
 FORMAT = 1
 NO_DIGEST = "0" * 64
 AGAIN = "compile it again with python -m gpt2_tvm.compile"
+OWN, MLC = "own", "mlc"  # interfaces: whose engines call an artifact's functions (gpt2_tvm/mlc)
+INTERFACES = (OWN, MLC)
 SCORE_ROWS = (
     128  # rows that an artifact's `score` takes at a time: their logits are the largest tensor that ever exists
 )
@@ -117,12 +119,16 @@ def check_versions(folder: Path, manifest: dict[str, Any]) -> None:
             raise UserError(f"{folder} was compiled with {package} {built}, this machine has {here}; {AGAIN}")
 
 
-def open_artifact(path: str | Path, verify: bool = True, versions: bool = True) -> Artifact:
-    """Read and check an artifact: manifest, versions, and (verify) every file's size and sha256, files in parallel."""
+def open_artifact(path: str | Path, verify: bool = True, versions: bool = True, interface: str = OWN) -> Artifact:
+    """Read and check an artifact: manifest, versions, and (verify) every file's size and sha256, files in parallel.
+
+    interface: one of `INTERFACES`; an artifact of the other is refused, since none of its functions would be found.
+    """
     folder = Path(path)
     manifest = read_manifest(folder)
     if versions:
         check_versions(folder, manifest)
+    _check_interface(folder, manifest, interface)
 
     def check(item: tuple[str, dict[str, Any]]) -> str | None:
         name, expected = item
@@ -141,3 +147,17 @@ def open_artifact(path: str | Path, verify: bool = True, versions: bool = True) 
         more = f" (and {len(faults) - 1} more files)" if len(faults) > 1 else ""
         raise UserError(f"{faults[0]}{more}; {AGAIN}")
     return Artifact(folder, manifest)
+
+
+def _check_interface(folder: Path, manifest: dict[str, Any], wanted: str) -> None:
+    found = manifest.get("interface", OWN)
+    if found == wanted:
+        return
+    if found == MLC:
+        raise UserError(
+            f"{folder} has the functions that mlc-llm and web-llm call, which this command does not; take it to them "
+            "with python -m gpt2_tvm.export_mlc, or compile again without --interface mlc"
+        )
+    raise UserError(
+        f"{folder} was compiled for this project's own engine; {AGAIN} --interface mlc --output ANOTHER_FOLDER"
+    )

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2_tvm import toolchains
-from gpt2_tvm.artifact import SCORE_ROWS, write_manifest
+from gpt2_tvm.artifact import INTERFACES, MLC, OWN, SCORE_ROWS, write_manifest
 from gpt2_tvm.checkpoint import ModelSource, resolve_model
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.files import replacing_folder, require_room
+from gpt2_tvm.mlc.names import mlc_name
 from gpt2_tvm.passes.registry import pass_set
 from gpt2_tvm.quantization import Scheme, scheme_for
 from gpt2_tvm.schedules.registry import rule_set
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 ATTENTION = ("flash", "materialized")
 VERIFY_WIDTHS = (4, 8)
+PREFILL_CHUNK = 512  # tokens of one prefill call through MLC's interface
 STREAM_ROWS = "4"  # the last token and three candidates
 MAX_BATCH = 64
 OBJECT_BYTES = 16 << 20  # room for the objects of a large model and what is linked from them
@@ -64,6 +66,8 @@ class Plan:
     cuda_graph: bool = False
     passes: tuple[str, ...] | None = None
     streams: StreamPlan | None = None
+    interface: str = OWN
+    prefill_chunk: int = 0  # of MLC's interface
 
 
 def make_plan(
@@ -78,9 +82,13 @@ def make_plan(
     tuned: Tuned | None = None,
     cuda_graph: bool | None = None,
     passes: str = "all",
+    interface: str = OWN,
+    prefill_chunk: int | None = None,
 ) -> Plan:
     """Check every choice and resolve the defaults; UserError names the one that is wrong."""
     scheme = scheme_for(quantization, target.name, target.kind)
+    if interface not in INTERFACES:
+        raise UserError(f"unknown --interface {interface!r}; choose {' or '.join(INTERFACES)}")
     if attention not in ATTENTION:
         raise UserError(f"unknown attention {attention!r}; choose {' or '.join(ATTENTION)}")
     if not batch_sizes or any(not 1 <= b <= MAX_BATCH for b in batch_sizes):
@@ -94,6 +102,10 @@ def make_plan(
         raise UserError(f"--max-seq-len {capacity}: the model has positions for 1 to {config.n_positions} tokens")
     if cuda_graph and target.kind != "cuda":
         raise UserError(f"--cuda-graph is for CUDA targets, {target.name} is {target.kind}; leave it out")
+    if interface == MLC and (cuda_graph or attention != "flash"):
+        raise UserError("--interface mlc leaves attention and CUDA graphs to TVM's paged cache; leave both options out")
+    if prefill_chunk is not None and (interface != MLC or prefill_chunk < 1):
+        raise UserError(f"--prefill-chunk {prefill_chunk}: give 1 or more tokens, and --interface mlc")
     widths = tuple(sorted({m for m in verify_widths if m <= capacity}))
     chosen = rule_set(rules, target)
     return Plan(
@@ -106,8 +118,10 @@ def make_plan(
         widths,
         capacity,
         tuned,
-        target.kind == "cuda" if cuda_graph is None else cuda_graph,
+        target.kind == "cuda" and interface == OWN if cuda_graph is None else cuda_graph,
         pass_set(passes, target, chosen),
+        interface=interface,
+        prefill_chunk=min(prefill_chunk or PREFILL_CHUNK, capacity) if interface == MLC else 0,
     )
 
 
@@ -199,6 +213,8 @@ def compile_model(
     streams: str | Path | None = None,
     stream_rows: str = STREAM_ROWS,
     passes: str = "all",
+    interface: str = OWN,
+    prefill_chunk: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Compile a GPT-2 for a device and write its artifact.
@@ -223,6 +239,9 @@ def compile_model(
         streams: a folder made by ``train_streams``: the model then drafts for itself with --strategy streaming.
         stream_rows: rows of the tree that a pass of streams takes, or "8,4": of 8 rows an early exit keeps 4.
         passes: a set of fusions (`passes.registry.pass_set`).
+        interface: "own" (`Engine`), or "mlc": the functions that mlc-llm and web-llm call, over TVM's paged cache;
+            batch_sizes' largest is how many sequences they may have at a time.
+        prefill_chunk: tokens of one prefill call of "mlc"; longer prompts go in several. Default 512.
         progress: called with (what, share done); with a share of 0 for a note that the user should read.
 
     Returns the artifact's folder. Raises UserError for anything the user can mend.
@@ -245,8 +264,12 @@ def compile_model(
         points,
         cuda_graph,
         passes,
+        interface,
+        prefill_chunk,
     )
     if streams is not None:
+        if interface == MLC:
+            raise UserError("--streams needs our own engine; leave out --interface mlc")
         plan = replace(plan, streams=read_plan(Path(streams), source, stream_rows))
     final = Path(output) if output else Path("artifacts") / f"{source.name}-{plan.scheme.name}-{device.name}"
     with replacing_folder(final) as work:
@@ -268,15 +291,28 @@ def _write(
     from gpt2_tvm.inventory import function_table
     from gpt2_tvm.passes.cuda_graph import graph_steps
 
+    told: dict[str, Any] | None = None  # what an engine of MLC's asks the library for
+    in_a_page = plan.interface == MLC and plan.target.kind == "webgpu"  # no other program could run it
     with toolchains.compiling(plan.target) as tvm_target:
         say("lowering and scheduling", 0.1)
-        lowered, names = lower_plan(plan, dump_ir)
+        if plan.interface == MLC:
+            from gpt2_tvm.mlc.lowering import lower_paged
+
+            lowered, told = lower_paged(plan, dump_ir)
+            names = [one["name"] for one in told["params"]]
+        else:
+            lowered, names = lower_plan(plan, dump_ir)
         say(f"building {len(lowered.hits)} functions for {plan.target.name}", 0.3)
-        executable = toolchains.build(lowered.final, tvm_target)
         for folder in (Path(tempfile.gettempdir()), work):
             require_room(folder, OBJECT_BYTES)  # LLVM ends the process when it cannot write
-        libraries = toolchains.export(executable, plan.target, work)
-    if plan.target.kind == "webgpu":
+        if not in_a_page:
+            executable = toolchains.build(lowered.final, tvm_target)
+            libraries = toolchains.export(executable, plan.target, work)
+    if in_a_page:
+        say(f"linking {web.MODULE}", 0.5)
+        web.link_module(lowered.final, plan.target, work, lambda what: say(what, 0.0))
+        libraries = [web.MODULE]
+    elif plan.target.kind == "webgpu":
         from gpt2_tvm.kernel_list import write_kernel_list
 
         write_kernel_list(work, lowered, plan, executable)
@@ -288,6 +324,7 @@ def _write(
     with TensorCacheWriter(work / "params") as writer:
         for i, (name, array) in enumerate(stored_weights(source, plan) if weights else ()):
             say(f"converting weights: {name}", 0.6 + 0.38 * i / total)
+            name = name if told is None else mlc_name(name, array.dtype.name, plan.scheme)
             if i >= total or names[i] != name:
                 raise RuntimeError(
                     f"parameter {i} is {name}, the module expects {names[i] if i < total else 'no more'}"
@@ -314,7 +351,9 @@ def _write(
         "verify_widths": list(plan.verify_widths),
         "max_seq_len": plan.max_seq_len,
         "cuda_graph": graph_steps(lowered.lowered) if plan.cuda_graph else None,
-        **web.manifest(plan.target, work, plan.max_seq_len),
+        **({} if in_a_page else web.manifest(plan.target, work, plan.max_seq_len)),
+        "interface": plan.interface,
+        "mlc": told,
         "versions": versions(),
         "library": libraries[0],
         "libraries": libraries,

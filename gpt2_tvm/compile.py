@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gpt2_tvm.artifact import MLC, OWN
 from gpt2_tvm.cli import integers, run, write_json
+from gpt2_tvm.errors import UserError
 from gpt2_tvm.passes.registry import FUSIONS
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ NEEDS = {
     "rocm": "an AMD GPU ({arch}) and a TVM built with USE_ROCM: apache-tvm's wheel has no ROCm runtime",
     "webgpu": "Python with wgpu (pip install 'gpt2-tvm[webgpu]') and a GPU or a software Vulkan device",
 }
+PIPELINES = ("gpt2_tvm", "mlc_llm")
 TOLD = (  # what the summary takes from the manifest as it is
     *("model", "random_weights", "seed", "quantization", "rules", "passes", "attention", "batch_sizes"),
     *("verify_widths", "max_seq_len", "library", "compile_seconds", "total_seconds", "versions"),
@@ -111,6 +114,25 @@ def main(
         str,
         typer.Option(help="Rows of the tree that a pass of streams takes; 8,4: of 8 rows an early exit keeps 4."),
     ] = "4",
+    interface: Annotated[
+        str,
+        typer.Option(
+            help="own: for this project's engine. mlc: the functions that mlc-llm and web-llm call, over TVM's paged "
+            "KV cache; python -m gpt2_tvm.export_mlc then makes the folder that they load."
+        ),
+    ] = OWN,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(
+            help="With --interface mlc: tokens of one prefill call; longer prompts go in several. Default 512."
+        ),
+    ] = None,
+    pipeline: Annotated[
+        str,
+        typer.Option(
+            help="gpt2_tvm, or mlc_llm: the same checkpoint built by an mlc_llm that is installed here, for comparison."
+        ),
+    ] = PIPELINES[0],
     dump_ir: Annotated[Path | None, typer.Option(help="Write the IR after each phase into this folder.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write what is printed at the end as JSON.")] = None,
@@ -137,6 +159,13 @@ def main(
     from gpt2_tvm.artifact import read_manifest
     from gpt2_tvm.build import compile_model
 
+    if pipeline not in PIPELINES:
+        raise UserError(f"unknown --pipeline {pipeline!r}; choose {' or '.join(PIPELINES)}")
+    if pipeline == "mlc_llm":
+        from gpt2_tvm.mlc.peer import compile_with_mlc_llm
+
+        print(compile_with_mlc_llm(model, target, quantization, output, max_seq_len))
+        return
     widths = integers(verify_widths, "--verify-widths")
     sizes = integers(batch_sizes, "--batch-sizes")
     with progress_on_stderr() as progress:
@@ -155,6 +184,8 @@ def main(
             seed=seed,
             cuda_graph=cuda_graph,
             passes=passes,
+            interface=interface,
+            prefill_chunk=prefill_chunk,
             streams=streams,
             stream_rows=stream_rows,
             progress=progress,
@@ -206,6 +237,7 @@ def summary(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         "rule_hits": dict(Counter(f["rule"] for f in manifest["functions"]).most_common()),
         "needs": needs(manifest),
         "runs_here": _runs_here(manifest),
+        "interface": manifest["interface"],
         "tokenizer": any(name.startswith("tokenizer/") for name in manifest["files"]),
     }
 
@@ -242,7 +274,9 @@ def print_summary(made: dict[str, Any]) -> None:
     print(f"  passes {', '.join(made['passes']) or 'none'}")
     print(f"  time   {made['total_seconds']:.1f} s, of which compiling {made['compile_seconds']:.1f} s")
     print(f"  needs  {made['needs']}")
-    if made["runs_here"]:
+    if made["interface"] == MLC:
+        print(f"  next   python -m gpt2_tvm.export_mlc {made['artifact']} --output FOLDER")
+    elif made["runs_here"]:
         prompt = '"It is a truth universally acknowledged"' if made["tokenizer"] else "--prompt-ids 1,2,3"
         print(f"  next   python -m gpt2_tvm.generate {made['artifact']} {prompt}")
     else:

@@ -26,12 +26,12 @@ _RENAME_SWAP = 2  # <sys/stdio.h> of macOS
 
 
 @contextmanager
-def replacing_folder(final: Path) -> Iterator[Path]:
+def replacing_folder(final: Path, marker: str = MARKER) -> Iterator[Path]:
     """A new folder beside `final` to fill; renamed to `final` when the block ends well, removed when it does not.
 
     An artifact that stands at `final` stays whole until the new one is, and where the system can exchange two names
     (Linux, macOS) there is no moment without one. What killed processes left beside `final` is removed first. A folder
-    that is not an artifact is refused.
+    that is not an artifact is refused, or, of another kind, that has no file `marker`.
 
     Raises UserError where `final` is not ours to replace or cannot be written; OSError (a full disk) passes through.
     """
@@ -39,8 +39,9 @@ def replacing_folder(final: Path) -> Iterator[Path]:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _clean_up(final)
-        if final.exists() and (not final.is_dir() or (any(final.iterdir()) and not (final / MARKER).exists())):
-            raise UserError(f"{final} exists and is not an artifact of ours; choose another --output, or remove it")
+        if final.exists() and (not final.is_dir() or (any(final.iterdir()) and not (final / marker).exists())):
+            ours = "an artifact" if marker == MARKER else f"a folder with {marker}"
+            raise UserError(f"{final} exists and is not {ours} of ours; choose another --output, or remove it")
         work, lock = _locked_folder(final)
     except OSError as error:
         raise UserError(f"cannot write to {final.parent}: {error.strerror}; choose another --output") from error

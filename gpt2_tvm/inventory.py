@@ -16,6 +16,7 @@ import tvm_ffi
 from tvm import relax, s_tir, tirx
 from tvm.ir import GlobalVar
 
+from gpt2_tvm.artifact import MLC
 from gpt2_tvm.expressions import Text, combine, to_text
 from gpt2_tvm.schedules.registry import Hit
 from gpt2_tvm.work import work_of
@@ -84,7 +85,7 @@ def function_table(lowered: Lowered, plan: Plan) -> dict[str, Any]:
         "compute_dtype": plan.scheme.compute_dtype,
         "functions": rows,
         "launches": dict(sorted(launches.items())),
-        "launches_per_decode": launches[f"greedy_b{min(plan.batch_sizes)}"],
+        "launches_per_decode": launches["decode" if plan.interface == MLC else f"greedy_b{min(plan.batch_sizes)}"],
     }
 
 

@@ -99,28 +99,16 @@ def open_for_pages(folders: list[Path]) -> list[Served]:
     return list(served.values())
 
 
-class Server(ThreadingHTTPServer):
-    """Serves the page and `artifacts` until `shutdown`.
+class LoopbackServer(ThreadingHTTPServer):
+    """Serves `files`, {path in the address: file}, and `answers`, {path: JSON}, to this machine alone until `shutdown`.
 
-    port: 0 for any that is free; `address` says which it became. page: the folder of another bundle. Raises UserError
-    where the port is taken or the page is not in the installation.
+    port: 0 for any that is free; `address` says which it became. Raises UserError where the port is taken.
     """
 
     daemon_threads = True
 
-    def __init__(self, artifacts: list[Served], port: int = PORT, page: Path = PAGE) -> None:
-        missing = [name for name in PAGE_FILES if not (page / name).is_file()]
-        if missing:
-            raise UserError(
-                f"the page is not in this installation ({page / missing[0]} is missing); "
-                "install the package again, or build it: npm ci --prefix web && npm run build --prefix web"
-            )
-        self.files = {f"/{name}": page / name for name in PAGE_FILES}
-        self.files["/"] = page / "index.html"
-        for artifact in artifacts:
-            for name in artifact.files:
-                self.files[unquote(artifact.url) + name] = artifact.folder / name
-        self.listed = json.dumps([artifact.to_json() for artifact in artifacts]).encode()
+    def __init__(self, files: dict[str, Path], answers: dict[str, bytes], port: int) -> None:
+        self.files, self.answers = files, answers
         try:
             super().__init__((LOOPBACK, port), _Handler)
         except (OSError, OverflowError):
@@ -136,11 +124,31 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+class Server(LoopbackServer):
+    """Serves the page and `artifacts`. page: the folder of another bundle. Raises UserError where it is not in the
+    installation."""
+
+    def __init__(self, artifacts: list[Served], port: int = PORT, page: Path = PAGE) -> None:
+        missing = [name for name in PAGE_FILES if not (page / name).is_file()]
+        if missing:
+            raise UserError(
+                f"the page is not in this installation ({page / missing[0]} is missing); "
+                "install the package again, or build it: npm ci --prefix web && npm run build --prefix web"
+            )
+        files = {f"/{name}": page / name for name in PAGE_FILES}
+        files["/"] = page / "index.html"
+        for artifact in artifacts:
+            for name in artifact.files:
+                files[unquote(artifact.url) + name] = artifact.folder / name
+        listed = json.dumps([artifact.to_json() for artifact in artifacts]).encode()
+        super().__init__(files, {"/artifacts.json": listed}, port)
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "gpt2-tvm", ""
     timeout = 60  # seconds that an idle connection is kept
-    server: Server
+    server: LoopbackServer
 
     def do_GET(self) -> None:
         self._answer(body=True)
@@ -153,10 +161,10 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if host not in NAMES:
             self._say(HTTPStatus.MISDIRECTED_REQUEST, f"open http://{LOOPBACK}:{self.server.server_port}/", body)
-        elif path == "/artifacts.json":
-            self._begin(HTTPStatus.OK, TYPES[".json"], len(self.server.listed))
+        elif path in self.server.answers:
+            self._begin(HTTPStatus.OK, TYPES[".json"], len(self.server.answers[path]))
             if body:
-                self.wfile.write(self.server.listed)
+                self.wfile.write(self.server.answers[path])
         elif path in self.server.files:
             self._file(self.server.files[path], body)
         else:

@@ -43,6 +43,10 @@ class Tokenizer:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary nothing."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json`."""
+        return str(self._backend.to_str())
+
     def stream(self, skip_special: bool = False) -> TextStream:
         """A decoder that takes one id at a time; what it gives adds up to `decode` of all of them."""
         return TextStream(self, skip_special)

@@ -24,7 +24,7 @@ def vm() -> Any:
     from gpt2_tvm.mlc.lowering import lower_paged
 
     target = specialise(load_target("cpu"))
-    lowered, _ = lower_paged(make_plan(resolve_model("bundled").config, target, batch_sizes=(4,)))
+    lowered, _ = lower_paged(make_plan(resolve_model("bundled").config, target, batch_sizes=(4,), interface="mlc"))
     executable = tvm.compile(lowered.final, target=target.tvm_target(), relax_pipeline=None, tir_pipeline=None)
     machine = relax.VirtualMachine(executable, tvm.cpu())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,11 +9,9 @@ import numpy as np
 import pytest
 
 from gpt2_tvm import Engine, compile_model
-from gpt2_tvm.build import make_plan, stored_weights
-from gpt2_tvm.checkpoint import resolve_model
+from gpt2_tvm.artifact import open_artifact, read_manifest
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.mlc.engine import PagedEngine
-from targets import load_target, specialise
 
 BATCH = 8
 CLOSE = 1e-4
@@ -27,21 +24,16 @@ def contiguous(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def loaded() -> PagedEngine:
-    import tvm
-    from tvm import relax
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("paged") / "artifact"
+    return compile_model("bundled", output=path, batch_sizes=(1, BATCH), interface="mlc")
 
-    from gpt2_tvm.mlc.lowering import lower_paged
 
-    target = specialise(load_target("cpu"))
-    source = resolve_model("bundled")
-    plan = make_plan(source.config, target, batch_sizes=(1, BATCH))
-    lowered, told = lower_paged(plan)
-    executable = tvm.compile(lowered.final, target=target.tvm_target(), relax_pipeline=None, tir_pipeline=None)
-    vm = relax.VirtualMachine(executable, tvm.cpu())
-    weights = dict(stored_weights(source, plan))
-    assert json.loads(str(vm["_metadata"]())) == told
-    return PagedEngine(vm, tvm.cpu(), [weights[one["name"]] for one in told["params"]], told)
+@pytest.fixture(scope="module")
+def loaded(artifact: Path) -> PagedEngine:
+    engine = PagedEngine.open(artifact)
+    assert engine.metadata == read_manifest(artifact)["mlc"]
+    return engine
 
 
 @pytest.fixture
@@ -146,3 +138,33 @@ def test_nothing_leaks_between_requests(paged: PagedEngine, tmp_path: Path) -> N
         first.append(paged.prefill(dict(enumerate(ids))))
         paged.reset()
     assert np.array_equal(first[0], first[1])
+
+
+def test_memory_and_rules_of_the_manifest(artifact: Path) -> None:
+    manifest = read_manifest(artifact)
+    told = manifest["mlc"]
+    vocabulary, width = manifest["config"]["vocab_size"], manifest["config"]["n_embd"]
+    usage = told["memory_usage"]
+    assert usage["embed"] == told["prefill_chunk_size"] * width * 4  # its result, and nothing else
+    assert usage["softmax_with_temperature"] >= BATCH * vocabulary * 4
+    assert usage["batch_verify"] > told["prefill_chunk_size"] * vocabulary * 4 > usage["decode"] > vocabulary * 4
+    rules = {row["name"]: row["rule"] for row in manifest["functions"] if "decode" in row["calls"]}
+    assert "cpu-gemv" in rules.values() or "cpu-matmul" in rules.values()
+    assert manifest["interface"] == "mlc" and manifest["cuda_graph"] is None
+
+
+def test_interfaces_are_not_mixed_up(artifact: Path, contiguous: Engine, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"export_mlc, or compile again without --interface mlc"):
+        Engine(artifact)
+    with pytest.raises(UserError, match=r"--interface mlc --output ANOTHER_FOLDER"):
+        PagedEngine.open(contiguous.artifact.path)
+    assert open_artifact(artifact, interface="mlc").manifest["interface"] == "mlc"
+    for options, word in (
+        ({"interface": "tvm"}, "own or mlc"),
+        ({"interface": "mlc", "attention": "materialized"}, "paged cache"),
+        ({"interface": "mlc", "prefill_chunk": 0}, "--prefill-chunk 0"),
+        ({"prefill_chunk": 64}, "--interface mlc"),
+    ):
+        with pytest.raises(UserError, match=word):
+            compile_model("bundled", output=tmp_path / "none", **options)
+    assert not (tmp_path / "none").exists()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gpt2_tvm.errors import UserError
+from gpt2_tvm.runners.threads import use_threads
 
 PAGE = 16  # tokens of a page, as in web-llm
 
@@ -18,9 +21,10 @@ class PagedEngine:
     Args:
         vm: a virtual machine (`tvm.relax.VirtualMachine`) with the functions of `paged.PagedGPT2`.
         device: its device.
-        parameters: the stored arrays in the order of the metadata.
+        parameters: TVM's tuple of the tensors, in the order of the metadata.
         metadata: what `_metadata` answers.
         max_total_tokens: of all sequences together; default: the context for each.
+        threads: of a CPU's pool that each call is to find; None leaves it as it is.
 
     Raises UserError for an unknown or known sequence, an id outside the vocabulary, and a context that overflows.
     """
@@ -29,14 +33,15 @@ class PagedEngine:
         self,
         vm: Any,
         device: Any,
-        parameters: Sequence[Any],
+        parameters: Any,
         metadata: Mapping[str, Any],
         max_total_tokens: int | None = None,
+        threads: int | None = None,
     ) -> None:
         import tvm
 
         self._tvm, self._vm, self._device, self.metadata = tvm, vm, device, dict(metadata)
-        self._parameters = tvm.runtime.convert([self._tensor(array) for array in parameters])
+        self._parameters, self.threads = parameters, threads
         self.context = int(metadata["context_window_size"])
         self.chunk = int(metadata["prefill_chunk_size"])
         batch = int(metadata["max_batch_size"])
@@ -44,6 +49,23 @@ class PagedEngine:
         sizes = (batch, total, self.chunk, PAGE, 0)
         self._cache = vm["create_tir_paged_kv_cache"](*(self._shape(size) for size in sizes))
         self.lengths: dict[int, int] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, threads: int | None = None, max_total_tokens: int | None = None) -> PagedEngine:
+        """An artifact made with --interface mlc, on the device that it was compiled for.
+
+        threads: of the CPU, as for `Engine`. Raises UserError for an artifact that is damaged, has another interface,
+        or is not for this machine, and for one for pages: those are web-llm's to run.
+        """
+        from gpt2_tvm.artifact import MLC, open_artifact
+        from gpt2_tvm.runners.vm import VmRunner
+
+        artifact = open_artifact(path, interface=MLC)
+        if artifact.kind == "webgpu":
+            raise UserError(f"{artifact.path} is for pages; run it with python -m gpt2_tvm.export_mlc and web-llm")
+        runner = VmRunner(artifact, threads=threads)
+        metadata = json.loads(str(runner.vm["_metadata"]()))
+        return cls(runner.vm, runner.device, runner.params, metadata, max_total_tokens, runner.threads)
 
     def add(self, sequence: int) -> None:
         """Begin an empty sequence."""
@@ -115,6 +137,8 @@ class PagedEngine:
     # -- one call ----------------------------------------------------------------------------------------------
 
     def _forward(self, name: str, parts: Mapping[int, Sequence[int]], *more: np.ndarray) -> np.ndarray:
+        if self.threads is not None:  # pools are a calling thread's own, and another engine may have set this one
+            use_threads(self.threads)
         ids = np.concatenate([np.asarray(part, np.int32) for part in parts.values()])
         embeds = self._vm["embed"](self._tensor(ids), self._parameters)  # [t, E]
         shape = (len(parts), 1, -1) if name.endswith("decode") else (1, len(ids), -1)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2_tvm.errors import UserError
+from gpt2_tvm.mlc.names import mlc_name
 from gpt2_tvm.toolchains import tensor_intrin
 
 if TYPE_CHECKING:
     from gpt2_tvm.build import Plan
     from gpt2_tvm.pipeline import Lowered
-
-PREFILL_CHUNK = 512  # tokens of one prefill call: longer prompts go in several
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Limits:
 
     @classmethod
     def of(cls, plan: Plan) -> Limits:
-        """The largest batch of the plan, and a chunk that its context can hold."""
-        return cls(max(plan.batch_sizes), min(PREFILL_CHUNK, plan.max_seq_len))
+        """The largest batch of the plan, and its chunk."""
+        return cls(max(plan.batch_sizes), plan.prefill_chunk)
 
 
 def metadata(plan: Plan, parameters: list[tuple[str, Any]], limits: Limits) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def metadata(plan: Plan, parameters: list[tuple[str, Any]], limits: Limits) -> d
         },
         "params": [
             {
-                "name": name,
+                "name": mlc_name(name, str(parameter.dtype), plan.scheme),
                 "shape": [int(size) for size in parameter.shape],
                 "dtype": str(parameter.dtype),
                 "preprocs": [],
@@ -65,11 +66,10 @@ def metadata(plan: Plan, parameters: list[tuple[str, Any]], limits: Limits) -> d
     }
 
 
-def lower_paged(plan: Plan) -> tuple[Lowered, dict[str, Any]]:
+def lower_paged(plan: Plan, dump_ir: Path | None = None) -> tuple[Lowered, dict[str, Any]]:
     """The module after every phase, and its metadata. The kernels that TVM brings for its cache keep their own
     schedules: those of a CPU are plain loops, but come as they should be built."""
     from tvm import relax, tirx
-    from tvm.ir import StringImm
 
     from gpt2_tvm.build import weight_layout
     from gpt2_tvm.mlc.functions import add_functions
@@ -96,8 +96,6 @@ def lower_paged(plan: Plan) -> tuple[Lowered, dict[str, Any]]:
             if var.name_hint not in ours and isinstance(mod[var], tirx.PrimFunc):
                 mod.update_func(var, mod[var].with_attr("tirx.is_scheduled", True))
     mod = add_functions(mod, plan.config.vocab_size, target)
-    answer = relax.Function([], body=StringImm(json.dumps(told)), ret_ty=relax.AnyType())
-    mod["_metadata"] = answer.with_attr("global_symbol", "_metadata")  # without, it counts as dead code
     rows = {"seq_len": limits.prefill_chunk_size}
     bounds = {
         "embed": rows,
@@ -111,4 +109,48 @@ def lower_paged(plan: Plan) -> tuple[Lowered, dict[str, Any]]:
             for name in ("sample_with_top_p", "multinomial_from_uniform")
         },
     }
-    return lower(mod, plan.target, plan.rules, bounds), told
+    lowered = lower(mod, plan.target, plan.rules, bounds, dump_ir, plan.tuned, passes=plan.passes)
+    told["memory_usage"] = memory_usage(lowered.lowered, bounds)
+    _answer(lowered.final, told)
+    return lowered, told
+
+
+def _answer(mod: Any, told: dict[str, Any]) -> None:
+    """Add `_metadata()`, which answers with `told` as JSON; last of all, because it tells what memory was planned."""
+    from tvm import relax
+    from tvm.ir import IRModule, StringImm, transform
+
+    from gpt2_tvm.pipeline import FINALISE
+
+    function = relax.Function([], body=StringImm(json.dumps(told)), ret_ty=relax.AnyType())
+    alone = IRModule({"_metadata": function.with_attr("global_symbol", "_metadata")})
+    for var, made in transform.Sequential([make() for make in FINALISE])(alone).functions_items():
+        mod[var.name_hint] = made
+
+
+def memory_usage(mod: Any, bounds: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Bytes that each exported function takes for itself in a call, at the largest sizes that `bounds` gives it: what
+    was planned once, and its results. mod: with memory planned (`Lowered.lowered`)."""
+    import tvm_ffi
+    from tvm import DataType, relax, tirx
+
+    from gpt2_tvm.expressions import evaluate, to_text
+
+    found: dict[str, int] = {}
+    for var, function in mod.functions_items():
+        if not isinstance(function, relax.Function):
+            continue
+        sizes: list[int] = []
+        largest = bounds.get(var.name_hint, {})
+
+        def see(call: relax.Call, sizes: list[int] = sizes, largest: dict[str, int] = largest) -> None:
+            name = str(getattr(call.op, "name", ""))
+            if name not in ("relax.memory.alloc_storage", "relax.builtin.alloc_tensor"):
+                return
+            extents = (to_text(e, lambda n: str(n.name) if isinstance(n, tirx.Var) else None) for e in call.args[0])
+            item = 1 if name.endswith("storage") else DataType(str(call.args[1].value)).itemsize
+            sizes.append(prod(evaluate(extent, largest) for extent in extents) * item)
+
+        tvm_ffi.structural_walk(function.body, [(relax.Call, see)], order="pre")
+        found[var.name_hint] = sum(sizes)
+    return dict(sorted(found.items()))

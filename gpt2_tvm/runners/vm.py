@@ -96,6 +96,11 @@ class VmRunner:
         self.device.sync()
 
     @property
+    def vm(self) -> Any:
+        """The virtual machine, for engines that call it in their own way (`mlc.engine`)."""
+        return self._vm
+
+    @property
     def params(self) -> Any:
         """The tuple of parameters that an exported function takes last: for the laboratory."""
         return self._params

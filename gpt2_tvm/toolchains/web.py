@@ -70,19 +70,23 @@ def write_module(module: Any, target: DeviceTarget, folder: Path, note: Say) -> 
 
     Where that cannot be done (no emcc) nothing is written and `note` is told why: wgpu runs the artifact without.
     """
-
-    from gpt2_tvm import toolchains
-
     try:
-        runtime = runtime_objects(note)
-        where = wasm_target(target)
-        with where:
-            executable = toolchains.build(module, where)
-        export(executable, folder / MODULE, runtime=runtime)
+        link_module(module, target, folder, note)
     except UserError as error:
         note(f"no {MODULE}, so this artifact runs through wgpu and not in a page: {error}")
         return []
     return [MODULE]
+
+
+def link_module(module: Any, target: DeviceTarget, folder: Path, note: Say) -> None:
+    """The same for an artifact that is nothing without: UserError where emcc is missing or fails."""
+    from gpt2_tvm import toolchains
+
+    runtime = runtime_objects(note)
+    where = wasm_target(target)
+    with where:
+        executable = toolchains.build(module, where)
+    export(executable, folder / MODULE, runtime=runtime)
 
 
 def manifest(target: DeviceTarget, folder: Path, capacity: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -33,14 +34,13 @@ def command(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[st
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_is_fast_and_has_an_example(name: str) -> None:
-    times = []
-    for _ in range(3):  # the best of three: other programs share this machine
-        start = time.perf_counter()
-        done = command(name, "--help")
-        times.append(time.perf_counter() - start)
+    start = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = command(name, "--help")
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0
     assert "python" in done.stdout and "--json" in done.stdout
-    assert min(times) < 1
+    # seconds of the processor: what the clock says depends on who else is at work
+    assert end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime < 1
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -308,8 +308,9 @@ def test_every_quantised_scheme_is_for_every_gpu(target: str) -> None:
         ("q8f32-float-embedding", False),
     ],
 )
+@pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.heavy
-def test_a_model_on_webgpu(scheme: str, tied: bool, tmp_path: Path) -> None:
+def test_a_model_on_webgpu(scheme: str, tied: bool, ours: bool, tmp_path: Path) -> None:
     """Prefill, decode and verify of a whole model through wgpu, against numpy with the dequantised weights."""
     from test_cpu_quantization import close, dequantised, numpy_logits
     from wgsl_harness import device
@@ -319,10 +320,10 @@ def test_a_model_on_webgpu(scheme: str, tied: bool, tmp_path: Path) -> None:
     device(f16="f16" in scheme)
     model = checkpoint(tmp_path / "model", replace(ODD, tie_word_embeddings=tied), spread=8.0)
     rules = "norm-gemv,quantised-gemv,webgpu-matmul,reduction,general-reduction,fallback"
-    out = compile_model(str(model), "webgpu", scheme, tmp_path / "out", rules, verify_widths=(4,))
+    out = compile_model(str(model), "webgpu", scheme, tmp_path / "out", "full" if ours else rules, verify_widths=(4,))
     manifest = json.loads((out / "manifest.json").read_text())
     by_rule = {f["rule"] for f in manifest["functions"] if "decode" in f["role"] and "c_" in f["role"]}
-    assert by_rule <= {"norm-gemv", "quantised-gemv"} or "float" in scheme
+    assert by_rule <= ({"webgpu-gemv"} if ours else {"norm-gemv", "quantised-gemv"}) or "float" in scheme
     config, weights = dequantised(out)
     engine, (row,) = Engine(out), random_rows(config, [20], seed=3)
     wanted = numpy_logits(config, weights, row)

@@ -83,8 +83,8 @@ def test_a_table_larger_than_a_binding(windowed: Path, tiny_artifact: Path) -> N
     streamed = agent.ask({"do": "stream", "ids": PROMPT, "count": TOKENS})[0]
     agent.close()
     assert streamed["tokens"] == expected
-    # two windows for the embedding and two for the head: in the prefill and in each step
-    assert streamed["windows"] == 4 * (TOKENS + 1)
+    # two windows each for embedding, head, and two layers' products in and out of the MLP; in the prefill, in each step
+    assert streamed["windows"] == 2 * (2 + 2 * 2) * (TOKENS + 1)
     limits = open_artifact(windowed).manifest["webgpu"]["limits"]
     assert limits["maxStorageBufferBindingSize"] <= 12300 < limits["maxBufferSize"] == 97 * 32 * 4
 

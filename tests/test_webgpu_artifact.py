@@ -20,6 +20,7 @@ from gpt2_tvm.host_code import split_launches
 from gpt2_tvm.runners.wgpu_device import Device, parse_wgsl
 from gpt2_tvm.schedules.webgpu_variants import VARIANTS, variant_functions
 from gpt2_tvm.schedules.webgpu_windows import ALIGNMENT, windows_of, with_windows
+from gpt2_tvm.toolchains.web_needs import shared_bytes
 from targets import load_target
 
 PROMPT = [5, 17, 3, 96, 44, 0, 8, 33, 51]
@@ -59,10 +60,12 @@ def test_variants_have_the_interface_of_what_they_replace(artifact: Path) -> Non
         others = parse_wgsl((artifact / variant["file"]).read_text())
         assert sorted(others) == variant["kernels"] and others
         for name, shader in others.items():
-            assert shader.block == plain[name].block
             assert [kind for _, kind in shader.scalars] == [kind for _, kind in plain[name].scalars]
             assert [b[:2] for b in shader.bindings] == [b[:2] for b in plain[name].bindings]
-            assert "workgroupBarrier" in plain[name].source and "workgroupBarrier" not in shader.source
+            staged = [shared_bytes(one) for one in (plain[name], shader)]
+            assert staged[1] < staged[0], name
+            if "matmul" in name and "norm" not in name and "merge" not in name:
+                assert "workgroupBarrier" in plain[name].source and "workgroupBarrier" not in shader.source
 
 
 @pytest.mark.parametrize("software", [True, False])
@@ -73,7 +76,7 @@ def test_the_adapter_decides_which_kernels_run(
     monkeypatch.setattr(Device, "meets", lambda self, what: software if what == "software" else plain(self, what))
     engine = Engine(artifact)
     (variant,) = json.loads((artifact / "kernels.json").read_text())["variants"]
-    name = variant["kernels"][0]
+    name = next(name for name in variant["kernels"] if "matmul" in name and "norm" not in name and "merge" not in name)
     assert ("workgroupBarrier" in engine.runner._shaders[name].source) is not software
     assert_same(engine, reference)
 

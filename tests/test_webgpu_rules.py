@@ -194,13 +194,15 @@ def test_what_is_no_product_of_this_kind_is_left_alone() -> None:
     ],
 )
 def test_gemv(config: GemvConfig | None, rows: tuple[int, int], n: int, k: int, dtype: str, epilogue: str) -> None:
-    check(scheduled(WebgpuGemv(config), product(rows, n, k, dtype, epilogue)), {}, epilogue)
+    for lone in (False, True):
+        check(scheduled(WebgpuGemv(config, lone), product(rows, n, k, dtype, epilogue)), {}, epilogue)
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (1, 3), (8, 1)])
 @pytest.mark.parametrize(("n", "k"), [(70, 32), (33, 300), (16, 50), (8, 37)])
 def test_gemv_of_a_normalised_vector(rows: tuple[int, int], n: int, k: int) -> None:
-    check(scheduled(WebgpuGemv(), normed_product(rows, n, k, "bg")), {}, "bg")
+    for lone in (False, True):
+        check(scheduled(WebgpuGemv(lone=lone), normed_product(rows, n, k, "bg")), {}, "bg")
 
 
 def test_gemv_without_room_for_the_vector_is_left_to_the_next_rule() -> None:

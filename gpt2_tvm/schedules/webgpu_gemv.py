@@ -90,6 +90,10 @@ class WebgpuGemv(GPUScheduleRule):
         # Step 3. The prologue, where there is one
         prologue = plan_prologue(m, config.threads) if m.prologue else None
         memory = int(target.attrs.get("max_shared_memory_per_block", 16 << 10))
+        if m.prologue and prologue is not None:
+            while config.tr > 1 and prologue.shared_bytes + 4 * _sums(rows, config) > memory:
+                config = replace(config, tr=config.tr // 2)
+                prologue = plan_prologue(m, config.threads) or prologue
         if m.prologue and (prologue is None or prologue.shared_bytes + 4 * _sums(rows, config) > memory):
             return None
         # Step 4. Loops

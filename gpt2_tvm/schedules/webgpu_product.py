@@ -7,10 +7,11 @@ a kernel has is then in our hands, and a browser compiles every one of them whil
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import tvm_ffi
 from tvm import ir, s_tir, sym, tirx
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
@@ -67,7 +68,8 @@ class Product:
 
     def w_at(self, column: Expr, k: Expr) -> Expr:
         """W[column, k]."""
-        return rewrite(self.w, {self.column.var: typed(column, self.column.var), self.k.var: typed(k, self.k.var)})
+        at = {self.column.var: typed(column, self.column.var), self.k.var: typed(k, self.k.var)}
+        return _divided_narrow(rewrite(self.w, at))
 
 
 def match_product(func: tirx.PrimFunc) -> Product | None:
@@ -76,6 +78,7 @@ def match_product(func: tirx.PrimFunc) -> Product | None:
     at = max((i for i, stage in enumerate(stages or ()) if stage.reduced), default=None)
     if stages is None or at is None:
         return None
+    stages = [_with_unit_loops(stage) for stage in stages]
     prologue, product, epilogue = stages[:at], stages[at], stages[at + 1 :]
     if not product.writes_its_loops() or len(product.reduced) != 1 or len(product.spatial) < 2:
         return None
@@ -98,6 +101,38 @@ def match_product(func: tirx.PrimFunc) -> Product | None:
     return Product(
         tuple(row_loops), column, k, x, w, product.buffer, tuple(prologue), tuple(epilogue), tuple(func.params)
     )
+
+
+def _divided_narrow(e: Expr) -> Expr:
+    """`e` with int64(i) // c as int64(i // c), and % likewise: which word a packed weight is in, the simplifier finds
+    out for a whole vector only where no cast stands between, and WGSL has no division of vectors by floor."""
+
+    def inside(operator: Callable[[Expr, Expr], Expr]) -> Callable[[Any], Expr]:
+        def swap(node: Any) -> Expr:
+            wide, by = node.a, static(node.b)
+            if not isinstance(wide, tirx.Cast) or by is None or wide.value.ty.dtype != "int32":
+                return node
+            return tirx.Cast(wide.ty.dtype, operator(wide.value, tirx.const(by, "int32")))
+
+        return swap
+
+    return tvm_ffi.structural_map(e, [(tirx.FloorDiv, inside(tirx.floordiv)), (tirx.FloorMod, inside(tirx.floormod))])
+
+
+def _with_unit_loops(stage: Stage) -> Stage:
+    """A stage whose loops over one element were left out (a fused dequantisation's are) with these loops again."""
+    loops = list(stage.spatial)
+    if len(loops) == len(stage.indices):
+        return stage
+    found: list[Loop] = []
+    for index in stage.indices:
+        own = next((one for one in loops if index.same_as(one.var)), None)
+        if own is None and static(index) != 0:
+            return stage
+        found.append(own or Loop(tirx.Var("unit", index.ty), tirx.const(1, index.ty.dtype), False))
+    if sum(one in loops for one in found) < len(loops):
+        return stage
+    return replace(stage, loops=(*found, *stage.reduced), indices=tuple(one.var for one in found))
 
 
 def _factors(product: Stage) -> tuple[Expr, Expr] | None:

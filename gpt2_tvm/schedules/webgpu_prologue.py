@@ -212,9 +212,10 @@ def _reads_own_place(reader: Stage, stage: Stage, others: tuple[Stage, ...]) -> 
 def _indices(stage: Stage, place: Expr) -> dict[ir.Var, Expr]:
     """The spatial loop variables at a flat place."""
     values: dict[ir.Var, Expr] = {}
+    first = next((one for one in stage.spatial if static(one.extent) != 1), None)
     for one in reversed(stage.spatial):
         extent = static(one.extent) or 1
-        outermost = one is stage.spatial[0]
+        outermost = one is first
         value = tirx.const(0, "int32") if extent == 1 else place if outermost else place % extent
         values[one.var] = typed(value, one.var)
         place = place if extent == 1 else place // extent

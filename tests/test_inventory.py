@@ -119,7 +119,8 @@ def test_every_called_function_has_a_row(target: str, attention: str) -> None:
     low, _ = lowered(target, attention)
     calls: dict[str, Counter[str]] = {}
     for var, func in low.final.functions_items():  # the table counts in an earlier phase
-        if isinstance(func, relax.Function):
+        # a graph's step is the same step again, and is counted by its own name
+        if isinstance(func, relax.Function) and not var.name_hint.endswith("_cuda_graph_capture"):
             calls[var.name_hint] = Counter()
             relax.analysis.post_order_visit(
                 func, lambda node, count=calls[var.name_hint]: count.update(_callee(low.final, node))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tvm
 from cuda_on_cpu import run
-from tvm import tirx
+from tvm import te, tirx
 
 from gpt2_tvm.build import lower_plan, make_plan
 from gpt2_tvm.config import PRESETS, GPT2Config
@@ -144,6 +144,16 @@ def test_leaves_the_rest_to_the_next_rule() -> None:
     assert not [hit for hit in other.hits if hit.rule == RULE]  # float32 keeps its precision
     with pytest.raises(UserError, match="multiple of 16 rows"):
         TensorTile(24, 32, 1, 1, 32, 2)
+
+
+@pytest.mark.parametrize(("between", "takes"), [(1, True), (3, False)])
+def test_lines_that_do_not_lie_one_after_the_other_are_not_taken(between: int, takes: bool) -> None:
+    x = te.placeholder((40, between, 64), "float16", name="x")
+    w = te.placeholder((32, 64), "float16", name="w")
+    k = te.reduce_axis((0, 64), name="k")
+    y = te.compute((40, 32), lambda i, j: te.sum(x[i, 0, k].astype("float32") * w[j, k].astype("float32"), axis=k))
+    func = te.create_prim_func([x, w, y])
+    assert (TensorMatmul().apply(func, TARGET.tvm_target(), False) is not None) == takes
 
 
 def test_a_block_a_tile() -> None:

@@ -19,12 +19,12 @@ Register layouts: PTX ISA 9.0, "Matrix fragments for mma.m16n8k16".
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tvm import ir, s_tir, tirx
+from tvm import ir, s_tir, sym, tirx
 from tvm.s_tir.dlight.gpu.base import GPUScheduleRule
 from tvm.script import tirx as T
 from tvm.target import Target
@@ -33,7 +33,7 @@ from gpt2_tvm.errors import UserError
 from gpt2_tvm.kernels.cuda_prefill_attention import CHUNK, LEAST_ARCH
 from gpt2_tvm.kernels.math import Expr, loads, rewrite, static
 from gpt2_tvm.kernels.spec import GpuLimits
-from gpt2_tvm.schedules.stages import Buffer, bind, row_indices
+from gpt2_tvm.schedules.stages import Buffer, Loop, bind, row_indices
 from gpt2_tvm.schedules.webgpu_product import (
     Product,
     binding,
@@ -136,31 +136,34 @@ class TensorMatmul(GPUScheduleRule):
         m = match_product(func)
         if m is None or m.prologue:
             return None
-        factors = _matrix(m.x, [loop.var for loop in m.row_loops], m.k), _matrix(m.w, [m.column.var], m.k)
-        if factors[0] is None or factors[1] is None:
+        x, w = _matrix(m, m.x, m.row_loops), _matrix(m, m.w, (m.column,))
+        if x is None or w is None:
             return None
         # Step 2. Tile
         tile = self.tile or choose_tile(m.few_rows(), int(m.column.extent), int(m.k.extent), limits)
         if tile is None or int(m.k.extent) % tile.depth:
             return None
         # Step 3. Loops
-        return kernel(func, _Emitter(m, factors[0], factors[1], tile).emit)
+        return kernel(func, _Emitter(m, x, w, tile).emit)
 
 
-def _matrix(factor: Expr, lines: list[ir.Var], k: Any) -> Buffer | None:
-    """The float16 buffer that a factor is, read whole, row after row; None for anything else."""
-    if not isinstance(factor, ir.TensorLoad) or factor.ty.dtype != "float16":
+def _matrix(m: Product, factor: Expr, lines: Sequence[Loop]) -> Buffer | None:
+    """The float16 argument that a factor is, where line after line of it lies in memory as the loops count them; None
+    for anything else."""
+    if not isinstance(factor, ir.TensorLoad) or factor.ty.dtype != "float16" or factor.source not in m.outputs:
         return None
     *leading, last = factor.indices
-    if not last.same_as(k.var) or static(factor.source.shape[-1]) != static(k.extent):
+    *extents, width = factor.source.shape
+    if not last.same_as(m.k.var) or static(width) != static(m.k.extent):
         return None
-    wanted = [line for line in lines if any(line.same_as(index) for index in leading)]
-    given = [index for index in leading if static(index) != 0]
-    return factor.source if len(given) == len(wanted) and all(map(_same, given, wanted)) else None
-
-
-def _same(a: Any, b: Any) -> bool:
-    return bool(a.same_as(b))
+    loops = [line for line in lines if static(line.extent) != 1]
+    axes = [(i, e) for i, e in zip(leading, extents, strict=True) if static(e) != 1]
+    equal = sym.Analyzer().can_prove_equal
+    whole = len(axes) == len(loops) and all(
+        index.same_as(line.var) and equal(extent, line.extent)
+        for (index, extent), line in zip(axes, loops, strict=True)
+    )
+    return factor.source if whole else None
 
 
 class _Emitter:

@@ -91,35 +91,50 @@ def correctness(
     """Logits of every artifact against torch in float32; ids of the graphs against plain launches."""
     import time
 
-    from gpu_bench.correctness import check
+    from gpu_bench.correctness import check, code_of
     from gpu_bench.machine import require_torch
-    from gpu_bench.runs import find_artifacts, save
+    from gpu_bench.runs import find_artifacts, read, save
     from gpu_bench.weights import fill
 
     require_torch("cpu")
-    rows: list[dict[str, Any]] = []
-    start = time.monotonic()
+    file = results / "correctness.json"
+    rows: list[dict[str, Any]] = [row for row in (read(file) or {}).get("rows", ()) if row["ok"]]
+    done = {(row["artifact"], row["code"]) for row in rows}  # what was wrong is tried again
+    start, longest = time.monotonic(), 0.0
     left: list[str] = []
     for path in find_artifacts(kit, model):
-        if time.monotonic() - start > limit:
+        code = code_of(path)
+        if (path.name, code) in done:
+            continue
+        rows = [row for row in rows if row["artifact"] != path.name]  # of another build
+        begun = time.monotonic()
+        if begun - start + longest > limit:
             left.append(path.name)
             continue
         print(path.name, file=sys.stderr, flush=True)
         fill(path)
         try:
-            rows.append(check(path, None))
+            rows.append({**check(path, None), "code": code})
         except UserError as error:
             rows.append(
                 {**dict.fromkeys(("error", "largest", "share", "allowed"), float("nan")), "same_ids": None}
-                | {"artifact": path.name, "refused": str(error), "ok": False}
+                | {"artifact": path.name, "code": code, "refused": str(error), "ok": False}
             )
-        save(results / "correctness.json", {"rows": rows, "complete": not left})
+        longest = max(longest, time.monotonic() - begun)
+        save(file, {"rows": rows, "complete": False})
+    save(file, {"rows": rows, "complete": not left and all(row["ok"] for row in rows)})
     _print(results)
     wrong = [row["artifact"] for row in rows if not row["ok"]]
     if wrong or left:
         raise UserError(
             "; ".join(
-                filter(None, (wrong and f"wrong: {', '.join(wrong)}", left and f"no time for: {', '.join(left)}"))
+                filter(
+                    None,
+                    (
+                        wrong and f"wrong: {', '.join(wrong)}",
+                        left and f"no time for: {', '.join(left)}; the same command goes on from here",
+                    ),
+                )
             )
         )
 
@@ -280,15 +295,18 @@ def _run(
     results: Path,
     quiet: bool = False,
 ) -> None:
+    import time
+
     from gpu_bench.runs import run_part
     from gpu_bench.weights import fill
 
     from gpt2_tvm.measure.cases import cross, parse_sizes
 
+    end = time.monotonic() + limit  # weights are made within it
     cases = cross(parse_sizes("--batch", batch), (prompt_tokens,), parse_sizes("--generate", generate))
     for path in dict.fromkeys(entry.path for entry in entries):
         fill(path, lambda what: print(what, file=sys.stderr, flush=True))
-    result = run_part(part, entries, cases, repeats, limit, device, results)
+    result = run_part(part, entries, cases, repeats, max(0.0, end - time.monotonic()), device, results)
     if not quiet:
         _print(results)
     if not result["rows"]:

@@ -64,17 +64,22 @@ class Built:
 
 
 @functools.cache
-def built(model: str, quantization: str) -> Built:
+def built(model: str, quantization: str, arch: str = "") -> Built:
+    """arch: one alone, as the target's, instead of the three of a library for any GPU."""
     import tvm
 
-    plan = make_plan(CONFIGS[model], load_target("cuda"), quantization, verify_widths=())
+    target = load_target("h200" if arch else "cuda")
+    if arch:
+        target = replace(target, tvm={**target.tvm, "arch": arch}, archs=(arch,))
+    plan = make_plan(CONFIGS[model], target, quantization, verify_widths=())
     toolchains.prepare(plan.target)
     with toolchains.compiling(plan.target) as target, tempfile.TemporaryDirectory() as folder:
         lowered, _ = lower_plan(plan)
         executable = tvm.compile(lowered.final, target=target, relax_pipeline=None, tir_pipeline=None)
         (library,) = toolchains.export(executable, plan.target, Path(folder))
         kernels = kernel_resources(plan, lowered, executable, Path(folder, library).read_bytes()).values()
-    return Built(plan, function_table(lowered, plan), {a: [k for k in kernels if k.arch == a] for a in ARCHS})
+    archs = (arch,) if arch else ARCHS
+    return Built(plan, function_table(lowered, plan), {a: [k for k in kernels if k.arch == a] for a in archs})
 
 
 def gemvs(made: Built) -> list[dict[str, Any]]:
@@ -104,8 +109,9 @@ class TestSass:
     def test_prefill_runs_on_tensor_cores(self, model: str, quantization: str) -> None:
         made = built(model, quantization)
         assert sum(f["calls"]["prefill"] for f in matmuls(made)) == 4 * made.plan.config.n_layer + 1
+        (attention,) = [f for f in made.table["functions"] if f["name"] == "prefill_attention"]
         for arch in ARCHS:
-            for row in matmuls(made):
+            for row in (*matmuls(made), attention):
                 for kernel in made.of(arch, row):
                     used = sum(kernel.instructions.get(name, 0) for name in TENSOR_CORES)
                     # float32 keeps its precision: no TF32
@@ -131,6 +137,19 @@ class TestSass:
                         assert kernel.registers * kernel.threads <= 65536
                         reached = f"{kernel.occupancy:.0%} with {kernel.registers} registers, {kernel.shared_bytes} B"
                         assert kernel.occupancy >= OCCUPANCY[kind], f"{arch} {row['name']}: {reached}"
+
+
+@needs_tools[0]
+@needs_tools[1]
+@pytest.mark.heavy
+def test_prefill_of_sm_90a_runs_on_tensor_cores() -> None:
+    made = built("small", "q0f16", "sm_90a")
+    rows = [f for f in made.table["functions"] if "prefill" in f["calls"] and f["rule"] == "tensor-matmul"]
+    assert sum(f["calls"]["prefill"] for f in rows) == 4 * made.plan.config.n_layer + 1
+    rows += [f for f in made.table["functions"] if f["name"] == "prefill_attention"]
+    for row in rows:
+        for kernel in made.of("sm_90a", row):
+            assert any(kernel.instructions.get(name) for name in TENSOR_CORES), row["name"]
 
 
 @pytest.mark.parametrize("model", ["small", "124M"])
@@ -197,14 +216,15 @@ def test_what_16_byte_loads_do_not_fit_is_left_alone(shape: GemvShape) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_90a"])
 def test_tensor_cores_whatever_the_spelling(arch: str) -> None:
-    """DLight takes sm_90a for a GPU without; ours is given the same schedule for both."""
+    """DLight takes sm_90a for a GPU without; our rule, and DLight's as we call it, give both the same."""
     target = load_target("h200")
     target = replace(target, tvm={**target.tvm, "arch": arch}, archs=(arch,))
-    lowered, _ = lower_plan(make_plan(CONFIGS["small"], target, "q0f16", verify_widths=()))
-    taken = [hit.function for hit in lowered.hits if hit.rule == "matmul"]
-    assert len(taken) >= 5
-    for name in taken:
-        assert "wmma" in lowered.scheduled[name].script(), name
+    for rules, rule, instruction in (("full", "tensor-matmul", "mma"), ("without-tensor-matmul", "matmul", "wmma")):
+        lowered, _ = lower_plan(make_plan(CONFIGS["small"], target, "q0f16", rules, verify_widths=()))
+        taken = [hit.function for hit in lowered.hits if hit.rule == rule]
+        assert len(taken) >= 5
+        for name in taken:
+            assert instruction in lowered.scheduled[name].script(), name
 
 
 def test_turing_gets_no_schedule_that_it_cannot_launch() -> None:

@@ -135,6 +135,31 @@ def test_a_part_goes_on_where_it_ended(kit: Path, tmp_path: Path, monkeypatch: p
     assert runs.run_part("ours", entries, cases, 2, 60, "cpu", tmp_path)["rows"] == both["rows"]
 
 
+def test_correctness_goes_on_where_it_ended(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu
+    from gpu_bench import correctness
+
+    seen: list[str] = []
+
+    def checked(path: Path, device: str | None) -> dict[str, Any]:
+        seen.append(path.name)
+        numbers = dict.fromkeys(("error", "largest", "share", "allowed"), 0.0)
+        return {**numbers, "artifact": path.name, "same_ids": None, "refused": "", "ok": len(seen) > 1}
+
+    monkeypatch.setattr(correctness, "check", checked)
+    with pytest.raises(UserError, match="wrong: tiny-q0f32-full"):
+        gpu.correctness(kit, tmp_path, 60.0, None)
+    with pytest.raises(UserError, match="no time for: tiny-q0f32-full; the same command goes on"):
+        gpu.correctness(kit, tmp_path, -1.0, None)
+    assert len(seen) == 1
+    gpu.correctness(kit, tmp_path, 60.0, None)  # what was wrong is tried again
+    gpu.correctness(kit, tmp_path, 60.0, None)
+    assert len(seen) == 2
+    monkeypatch.setattr(correctness, "code_of", lambda path: "another build")
+    gpu.correctness(kit, tmp_path, 60.0, None)
+    assert len(seen) == 3 and len(json.loads((tmp_path / "correctness.json").read_text())["rows"]) == 1
+
+
 def test_a_part_ends_in_time_whatever_its_children_do(kit: Path, tmp_path: Path) -> None:
     from gpu_bench import runs
 

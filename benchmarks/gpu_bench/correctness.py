@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpt2_tvm.artifact import open_artifact
+from gpt2_tvm.artifact import open_artifact, read_manifest
 from gpt2_tvm.measure.cases import Case
 from gpt2_tvm.measure.subjects import prompt_of
 
 # Of the largest logit. The reference has the stored weights and computes in float32.
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
 PROMPT, STEPS, GREEDY = 64, 8, 64
+
+
+def code_of(path: Path) -> str:
+    """What tells an artifact's code from that of another build."""
+    library = read_manifest(path)["library"]
+    return hashlib.sha256((path / library).read_bytes()).hexdigest()[:16]
 
 
 def check(path: Path, device: str | None) -> dict[str, Any]:

@@ -98,6 +98,25 @@ def _bars(axis: Any, rows: Sequence[Json], key: str, what: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
+NEAR = 0.12  # of the range of both axes: labels that would cover each other
+
+
+def together(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, list[str]]]:
+    """Labels of points that lie close to each other, one under the other at the first of them."""
+    if not points:
+        return []
+    wide, high = (max(p[i] for p in points) - min(p[i] for p in points) or 1.0 for i in (0, 1))
+    found: list[tuple[float, float, list[str]]] = []
+    for x, y, name in points:
+        for u, v, names in found:
+            if abs(x - u) < NEAR * wide and abs(y - v) < NEAR * high:
+                names.append(name)
+                break
+        else:
+            found.append((x, y, [name]))
+    return found
+
+
 def pareto(axis: Any, rows: Sequence[Json], key: str, what: str, smaller: bool) -> None:
     """Points of `key` against perplexity, those on the front joined; smaller: whether less of `key` is better."""
     shown = [row for row in rows if row[key] is not None and row["perplexity"] is not None]
@@ -107,7 +126,8 @@ def pareto(axis: Any, rows: Sequence[Json], key: str, what: str, smaller: bool) 
     for i, row in enumerate(shown):
         on = i in best
         axis.plot(row[key], row["perplexity"], "o", color=COLOURS[0] if on else COLOURS[6], zorder=2)
-        axis.annotate(row["label"], (row[key], row["perplexity"]), (4, 4), textcoords="offset points", fontsize=8)
+    for x, y, names in together([(row[key], row["perplexity"], row["label"]) for row in shown]):
+        axis.annotate("\n".join(names), (x, y), (4, 4), textcoords="offset points", fontsize=8)
     axis.set_xlabel(what + (" (less is better)" if smaller else " (more is better)"))
     axis.set_ylabel("perplexity (less is better)")
     axis.margins(x=0.15, y=0.15)

@@ -72,6 +72,12 @@ def _matmul(_: DeviceTarget) -> ScheduleRule:
     return MendedMatmul()
 
 
+def _tensor_matmul(_: DeviceTarget) -> ScheduleRule:
+    from gpt2_tvm.schedules.tensor_matmul import TensorMatmul
+
+    return TensorMatmul()
+
+
 def _wide_gemv(_: DeviceTarget) -> ScheduleRule:
     from gpt2_tvm.schedules.cuda_gemv import wide_gemv
 
@@ -119,6 +125,7 @@ def _webgpu_gemv(target: DeviceTarget) -> ScheduleRule:
 
 RULES: dict[str, Callable[[DeviceTarget], Any]] = {
     "matmul": _matmul,
+    "tensor-matmul": _tensor_matmul,
     "gemv": _gemv,
     "quantised-gemv": _quantised_gemv,
     "wide-gemv": _wide_gemv,

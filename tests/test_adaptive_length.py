@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 from reference import checkpoint
 
@@ -174,11 +173,16 @@ def test_rows_that_were_never_computed_may_cost_as_much_more() -> None:
     assert costs.round(7, careful=True) == pytest.approx(0.7 + 1.2 * 4)
 
 
-def test_a_first_call_that_loads_something_does_not_count() -> None:
+def test_what_is_believed_of_few_or_odd_samples() -> None:
     costs = Costs(lambda rows: rows)
-    for seconds in (50.0, 1.0):
+    for seconds in (50.0, 1.0):  # a first call may have something to load
         costs.checked(1, seconds)
-    assert costs.target == {1: 1.0}
-    for seconds in (1.1, 1.2):
+    assert costs.rising == {1: 1.0} and costs.target == {1: 25.5}
+    for seconds in (1.0, 1.0):
         costs.checked(1, seconds)
-    assert costs.target_s(1) == pytest.approx(np.median([50.0, 1.0, 1.1, 1.2]))
+    costs.checked(2, 30.0)  # once: no more than two passes
+    costs.checked(4, 0.3)  # less than fewer rows take: no less than those
+    assert costs.rising == {1: 1.0, 2: 2.0, 4: 2.0} and costs.target[2] == 30.0
+    for _ in range(3):
+        costs.checked(2, 30.0)
+    assert costs.rising == {1: 1.0, 2: 30.0, 4: 30.0}  # it is so

@@ -60,25 +60,42 @@ class Costs:
         return _typical(self._draft) if self._draft else None
 
     @property
+    def known(self) -> bool:
+        """Whether there was a pass of the target."""
+        return bool(self._target)
+
+    @property
     def behind_s(self) -> float:
         """Seconds for each token of the text that a draft has yet to take in; 0 before there was one."""
         return _typical(self._behind) if self._behind else 0.0
 
     @property
     def target(self) -> dict[int, float]:
-        """Seconds of a pass by rows computed."""
-        return {rows: _typical(samples) for rows, samples in sorted(self._target.items())}
+        """Seconds of a pass by rows computed, as measured."""
+        return {rows: median(samples) for rows, samples in sorted(self._target.items())}
+
+    @property
+    def rising(self) -> dict[int, float]:
+        """`target` as it is believed: more rows never take less time, and while only one or two passes were seen no
+        more than as many passes over one row: a bad moment of the machine is no reason to give up a width."""
+        made: dict[int, float] = {}
+        for rows, samples in sorted(self._target.items()):
+            seconds = _typical(samples)
+            if 1 in made and len(samples) < 3:
+                seconds = min(seconds, rows * made[1])
+            made[rows] = max([seconds, *made.values()])
+        return made
 
     def target_s(self, rows: int) -> float:
-        """Seconds of a pass over `rows`: `at_rows` of what was measured."""
-        return at_rows(self.target, self.padded(rows))
+        """Seconds of a pass over `rows`: `at_rows` of what is believed."""
+        return at_rows(self.rising, self.padded(rows))
 
     def round(self, k: int, behind: int = 0, careful: bool = False) -> float:
         """A round's cost in plain steps: k drafted tokens, after the draft has taken in `behind` of the text.
 
         careful: a pass over more rows than any that was measured takes as much longer as it has more rows.
         """
-        target = self.target
+        target = self.rising
         plain, rows = at_rows(target, 1), self.padded(k + 1)
         seconds, widest = at_rows(target, rows), max(target)
         if careful and rows > widest:
@@ -177,7 +194,7 @@ class Adaptive(DraftLength):
 
     def choose(self, b: int, costs: Costs, behind: int = 0) -> int:
         """See `DraftLength.choose`."""
-        if not costs.target:
+        if not costs.known:
             return 0  # the first pass shows what one without a draft takes
         row = self._rows[b]
         if row.holds and (self.credit >= row.risk if row.k else row.idle + 1 < row.patience):
@@ -189,7 +206,7 @@ class Adaptive(DraftLength):
             return 1 if self.credit > 0 else 0  # what a draft costs is found out with one token
         rate = self.acceptance(b)
         risks = [0.0, *(costs.round(k, behind, careful=True) - 1 for k in range(1, self.longest + 1))]
-        target = costs.target  # medians, once for all lengths
+        target = costs.rising  # once for all lengths
 
         def gain(k: int) -> float:
             if risks[k] > self.credit:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 from reference import checkpoint
 
@@ -146,6 +145,23 @@ def test_a_new_text_is_a_new_chance_but_not_every_one(metered: Any) -> None:
     assert 2 <= prompts <= 7
 
 
+def test_a_choice_of_nothing_costs_the_host_nothing_until_the_next_try() -> None:
+    costs, adaptive = Costs(lambda rows: 1 if rows <= 1 else 4), Adaptive(3)
+    adaptive.start(2)
+    costs.checked(1, 1.0)
+    costs.checked(4, 1.2)
+    costs.drafted(0.5, 1)
+    adaptive.saw(0, 20, 0)
+    adaptive.saw(1, 20, 0)
+    assert [adaptive.choose(b, costs) for b in (0, 1)] == [0, 0]
+    rested = next(n for n in range(1000) if not adaptive.rests([0, 1]))
+    assert rested == 14 and adaptive.choose(0, costs) == 1  # the 16th round since the last is a try
+    assert not adaptive.rests([0, 1])
+    adaptive.saw(0, 1, 0)
+    assert adaptive.choose(0, costs) == 0  # and the next comes after twice as many
+    assert next(n for n in range(1000) if not adaptive.rests([0])) == 30
+
+
 def test_credit_is_spent_earned_and_limited() -> None:
     costs, adaptive = Costs(lambda rows: 1 if rows <= 1 else 4), Adaptive(3)
     adaptive.start(1)
@@ -162,6 +178,7 @@ def test_credit_is_spent_earned_and_limited() -> None:
     for _ in range(100):
         adaptive.spent(costs, 3, 0, 4.0)
     assert adaptive.credit == 8.0
+    adaptive.start(1)
     assert adaptive.choose(0, costs, behind=30) > 0
 
 
@@ -171,14 +188,20 @@ def test_rows_that_were_never_computed_may_cost_as_much_more() -> None:
     costs.checked(2, 1.2)
     costs.drafted(0.1, 1)
     assert costs.round(7) == pytest.approx(0.7 + 1.2)
-    assert costs.round(7, careful=True) == pytest.approx(0.7 + 1.2 * 4)
+    assert costs.risks(7)[7] == pytest.approx(0.7 + 1.2 * 4 - 1)
+    assert costs.risks(1) == pytest.approx([0.0, 0.1 + 1.2 - 1])
 
 
-def test_a_first_call_that_loads_something_does_not_count() -> None:
+def test_what_is_believed_of_few_or_odd_samples() -> None:
     costs = Costs(lambda rows: rows)
-    for seconds in (50.0, 1.0):
+    for seconds in (50.0, 1.0):  # a first call may have something to load
         costs.checked(1, seconds)
-    assert costs.target == {1: 1.0}
-    for seconds in (1.1, 1.2):
+    assert costs.rising == {1: 1.0} and costs.target == {1: 25.5}
+    for seconds in (1.0, 1.0):
         costs.checked(1, seconds)
-    assert costs.target_s(1) == pytest.approx(np.median([50.0, 1.0, 1.1, 1.2]))
+    costs.checked(2, 30.0)  # once: no more than two passes
+    costs.checked(4, 0.3)  # less than fewer rows take: no less than those
+    assert costs.rising == {1: 1.0, 2: 2.0, 4: 2.0} and costs.target[2] == 30.0
+    for _ in range(3):
+        costs.checked(2, 30.0)
+    assert costs.rising == {1: 1.0, 2: 30.0, 4: 30.0}  # it is so

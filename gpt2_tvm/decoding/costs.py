@@ -10,7 +10,7 @@ longer than START + (1 + EARN) * tokens of these steps, whatever the draft, as f
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -60,30 +60,52 @@ class Costs:
         return _typical(self._draft) if self._draft else None
 
     @property
+    def known(self) -> bool:
+        """Whether there was a pass of the target."""
+        return bool(self._target)
+
+    @property
     def behind_s(self) -> float:
         """Seconds for each token of the text that a draft has yet to take in; 0 before there was one."""
         return _typical(self._behind) if self._behind else 0.0
 
     @property
     def target(self) -> dict[int, float]:
-        """Seconds of a pass by rows computed."""
-        return {rows: _typical(samples) for rows, samples in sorted(self._target.items())}
+        """Seconds of a pass by rows computed, as measured."""
+        return {rows: median(samples) for rows, samples in sorted(self._target.items())}
+
+    @property
+    def rising(self) -> dict[int, float]:
+        """`target` as it is believed: more rows never take less time, and while only one or two passes were seen no
+        more than as many passes over one row: a bad moment of the machine is no reason to give up a width."""
+        made: dict[int, float] = {}
+        for rows, samples in sorted(self._target.items()):
+            seconds = _typical(samples)
+            if 1 in made and len(samples) < 3:
+                seconds = min(seconds, rows * made[1])
+            made[rows] = max([seconds, *made.values()])
+        return made
 
     def target_s(self, rows: int) -> float:
-        """Seconds of a pass over `rows`: `at_rows` of what was measured."""
-        return at_rows(self.target, self.padded(rows))
+        """Seconds of a pass over `rows`: `at_rows` of what is believed."""
+        return at_rows(self.rising, self.padded(rows))
 
-    def round(self, k: int, behind: int = 0, careful: bool = False) -> float:
-        """A round's cost in plain steps: k drafted tokens, after the draft has taken in `behind` of the text.
+    def round(self, k: int, behind: int = 0) -> float:
+        """A round's cost in plain steps: k drafted tokens, after the draft has taken in `behind` of the text."""
+        target = self.rising
+        seconds = k * (self.draft_s or 0.0) + behind * self.behind_s + at_rows(target, self.padded(k + 1))
+        return seconds / at_rows(target, 1)
 
-        careful: a pass over more rows than any that was measured takes as much longer as it has more rows.
-        """
-        target = self.target
-        plain, rows = at_rows(target, 1), self.padded(k + 1)
-        seconds, widest = at_rows(target, rows), max(target)
-        if careful and rows > widest:
-            seconds *= rows / widest
-        return (k * (self.draft_s or 0.0) + behind * self.behind_s + seconds) / plain
+    def risks(self, longest: int, behind: int = 0) -> list[float]:
+        """What rounds of 0 … `longest` tokens lose if nothing stands, in plain steps; a pass over more rows than any
+        that was measured is taken to last as much longer as it has more rows."""
+        target, draft_s, late = self.rising, self.draft_s or 0.0, behind * self.behind_s
+        plain, widest, made = at_rows(target, 1), max(target), [0.0]
+        for k in range(1, longest + 1):
+            rows = self.padded(k + 1)
+            seconds = at_rows(target, rows) * max(1.0, rows / widest)
+            made.append((k * draft_s + late + seconds) / plain - 1)
+        return made
 
 
 def _typical(samples: deque[float]) -> float:
@@ -114,6 +136,10 @@ class DraftLength:
     def wants_draft(self) -> bool:
         """Whether a draft should take in new prompts at once; otherwise it does when it is first asked."""
         return self.k > 0
+
+    def rests(self, live: Sequence[int]) -> bool:
+        """Whether none of these sequences is to have a draft in this round, said at once; else `choose` says."""
+        return self.k == 0
 
     def choose(self, b: int, costs: Costs, behind: int = 0) -> int:
         """How many tokens to draft for sequence b; the draft has yet to take in `behind` tokens of its text."""
@@ -175,12 +201,23 @@ class Adaptive(DraftLength):
         before = (self.all.accepted + PRIOR * weight) / (self.all.examined + weight)
         return min(MOST, (row.accepted + before * weight) / (row.examined + weight))
 
+    def rests(self, live: Sequence[int]) -> bool:
+        """See `DraftLength.rests`: as long as choices of 0 hold."""
+        rows = [self._rows[b] for b in live]
+        if any(row.k or not row.holds for row in rows):
+            return False
+        for row in rows:
+            row.holds -= 1
+            row.idle += 1
+            self.all.idle = row.idle
+        return True
+
     def choose(self, b: int, costs: Costs, behind: int = 0) -> int:
         """See `DraftLength.choose`."""
-        if not costs.target:
+        if not costs.known:
             return 0  # the first pass shows what one without a draft takes
         row = self._rows[b]
-        if row.holds and (self.credit >= row.risk if row.k else row.idle + 1 < row.patience):
+        if row.holds and (not row.k or self.credit >= row.risk):
             row.holds -= 1
             row.idle += not row.k
             return row.k
@@ -188,15 +225,14 @@ class Adaptive(DraftLength):
         if draft_s is None:
             return 1 if self.credit > 0 else 0  # what a draft costs is found out with one token
         rate = self.acceptance(b)
-        risks = [0.0, *(costs.round(k, behind, careful=True) - 1 for k in range(1, self.longest + 1))]
-        target = costs.target  # medians, once for all lengths
+        risks = costs.risks(self.longest, behind)
+        target = costs.rising  # once for all lengths
 
         def gain(k: int) -> float:
-            if risks[k] > self.credit:
-                return 0.0
             return speculation.speedup_measured(rate, k, draft_s, lambda m: at_rows(target, costs.padded(m)))
 
-        k = speculation.best(rate, gain, self.longest).k
+        pays = speculation.best(rate, gain, self.longest).k > 0
+        k = speculation.best(rate, lambda k: gain(k) if risks[k] <= self.credit else 0.0, self.longest).k if pays else 0
         if k > 0:
             row.idle, row.patience = 0, IDLE
         else:
@@ -206,8 +242,13 @@ class Adaptive(DraftLength):
             if row.idle >= row.patience and allowed:
                 row.idle, row.patience, k = 0, min(2 * row.patience, IDLE_MOST), 1
         tried = k > 0 and row.patience > IDLE
-        sure = self.all.examined >= SURE and not tried
-        row.k, row.holds, row.risk = (0 if tried else k), HOLD if sure else 0, risks[k]
+        row.k, row.risk = (0 if tried else k), risks[k]
+        if k > 0:
+            row.holds = HOLD if self.all.examined >= SURE and not tried else 0
+        elif pays or row.idle >= row.patience:  # only credit lacks, which comes by and by
+            row.holds = HOLD
+        else:  # nothing will be learnt until the next try
+            row.holds = row.patience - row.idle - 1
         self.all.idle, self.all.patience = row.idle, row.patience
         return k
 

@@ -77,6 +77,8 @@ class DeviceSpeculative(Strategy):
 
     def step(self, rows: Sequence[TextRow]) -> list[list[int]]:
         """See `Strategy.step`: for each row the drafted tokens that stand and one of the target's own."""
+        if self.length.rests([b for b, row in enumerate(rows) if row.live]):
+            return self._plain(rows)
         counts = [self._count(b, row) for b, row in enumerate(rows)]
         if not any(counts):
             return self._plain(rows)

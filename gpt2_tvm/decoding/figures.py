@@ -17,8 +17,8 @@ from gpt2_tvm.theory import speculation
 
 Json = dict[str, Any]
 COLOURS = {"draft": "#E69F00", "verify": "#0072B2", "sample": "#009E73", "rollback": "#CC79A7", "host": "#777777"}
-CURVES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
-MOST_CURVES = 7
+CURVES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777", "#000000")
+MOST_CURVES = 8
 
 
 def draw(rows: Sequence[Json], path: Path) -> None:
@@ -111,7 +111,7 @@ def _gain(axis: Any, rows: Sequence[Json]) -> None:
     axis.set_ylim(bottom=0)
     axis.set_xlabel("acceptance (share of examined drafted tokens that stood)")
     axis.set_ylabel("times as fast as without drafts")
-    title = "Points: measured; lines: (1 - a^(k+1)) / (1 - a) tokens a step at these costs; stars: the best length"
+    title = "Points: measured; lines: the theory at these costs (dashed: best length); stars: its optimum"
     axis.set_title(title, fontsize=9)
     if groups:
         axis.legend(fontsize=8)

@@ -57,6 +57,8 @@ class Speculative(Strategy):
     def step(self, rows: Sequence[TextRow]) -> list[list[int]]:
         """See `Strategy.step`: for each row the drafted tokens that stand and one of the target's own."""
         # one token is always the target's own: a draft never overruns what may still come, nor the context
+        if self.length.rests([b for b, row in enumerate(rows) if row.live]):
+            return self._plain(rows)
         behind = self.draft.behind(rows)
         counts = [
             min(self.length.choose(b, self.costs, behind[b]), row.left - 1) if row.live and row.left > 1 else 0
@@ -65,9 +67,7 @@ class Speculative(Strategy):
         late = self._catch_up(rows, counts) if any(n for n, count in zip(behind, counts, strict=True) if count) else 0
         drafted = self._propose(rows, counts)
         if not any(p.tokens for p in drafted):
-            new = self._plain(rows)
-            self.length.spent(self.costs, 0, 0, 1.0)
-            return new
+            return self._plain(rows)
         given = [[row.ids[-1], *p.tokens] if row.live else [SPARE] for row, p in zip(rows, drafted, strict=True)]
         with self.clock("rollback"):
             park(self.engine, rows)
@@ -99,6 +99,7 @@ class Speculative(Strategy):
         start = time.perf_counter()
         logits = self.decode(rows)
         self.costs.checked(1, time.perf_counter() - start)
+        self.length.spent(self.costs, 0, 0, 1.0)
         with self.clock("sample"):
             return [[token] for token in self.choose(logits, rows)]
 

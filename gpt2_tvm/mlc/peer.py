@@ -10,7 +10,7 @@ from pathlib import Path
 from gpt2_tvm.errors import UserError
 
 HOW_TO_GET_IT = "it is on no package index that pip asks by itself: see https://llm.mlc.ai/docs/install/mlc_llm.html"
-DEVICES = {"cpu": "cpu", "cuda": "cuda", "metal": "metal", "rocm": "rocm", "webgpu": "webgpu"}
+
 SUFFIX = {"webgpu": ".wasm"}  # of the library; else .so
 SCHEMES = ("q0f32", "q0f16", "q4f16_1", "q4f32_1")  # that both projects have, under the same names
 
@@ -51,7 +51,7 @@ def compile_with_mlc_llm(
         _mlc_llm(
             "compile",
             str(folder / CHAT_CONFIG),
-            *("--device", DEVICES[device.kind]),
+            *("--device", device.kind),
             *("--output", str(folder / name)),
         )
         if not (folder / name).is_file():

@@ -217,7 +217,7 @@ def sweep(
         cli.check_writable("--figure", files_of(figure)[0])
     batches = sorted(parse_sizes("--batch", batch))
     cases = cross(batches, parse_sizes("--prompt-tokens", str(prompt_tokens)), parse_sizes("--generate", str(generate)))
-    scored = Text(text, load_text(text, text_format), limit=limit_tokens) if text is not None else None
+    scored = Text(Path(text).name, load_text(text, text_format), limit=limit_tokens) if text is not None else None
     store = cache or CACHE
     with progress_on_stderr() as say:
         points = make_points(

@@ -105,7 +105,8 @@ def together(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, fl
     """Labels of points that lie close to each other, one under the other at the first of them."""
     if not points:
         return []
-    wide, high = (max(p[i] for p in points) - min(p[i] for p in points) or 1.0 for i in (0, 1))
+    wide = max(p[0] for p in points) - min(p[0] for p in points) or 1.0
+    high = max(p[1] for p in points) - min(p[1] for p in points) or 1.0
     found: list[tuple[float, float, list[str]]] = []
     for x, y, name in points:
         for u, v, names in found:

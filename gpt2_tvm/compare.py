@@ -92,7 +92,9 @@ def main(
     if figure is not None:
         cli.check_writable("--figure", figures.files_of(figure)[0])
     # read before anything is compiled: a text that is not there is told now
-    scored = Text(Path(text).name, load_text(text, text_format), context, stride, limit_tokens) if text is not None else None
+    scored = (
+        Text(Path(text).name, load_text(text, text_format), context, stride, limit_tokens) if text is not None else None
+    )
     store = cache or CACHE
     if model is not None:
         if paths:

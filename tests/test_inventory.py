@@ -176,7 +176,7 @@ def test_blocks_and_shared_memory_stay_within_the_target() -> None:
             assert 1 <= x * y * z <= (limits.threads_per_block or 0), entry["name"]
             assert 0 <= entry["shared_memory_bytes"] <= (limits.shared_memory_bytes or 0), entry["name"]
     matmul = row(table("webgpu"), "prefill, score: attn.c_attn + bias")
-    assert matmul["rule"] == "matmul" and matmul["shared_memory_bytes"] > 0
+    assert matmul["rule"].endswith("matmul") and matmul["shared_memory_bytes"] > 0
 
 
 def test_a_cpu_has_no_grid() -> None:

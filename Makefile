@@ -11,8 +11,9 @@ demo: setup-demo
 	@$(PY) -m gpt2_tvm.demo
 
 test: lint
-	@echo "==> TVM's web runtime, once a machine"
-	@$(PY) -m gpt2_tvm.toolchains.webruntime || true  # its tests say what is missing
+	@echo "==> what the tests of the web need; they are skipped with a reason where it cannot be had"
+	@$(PY) -m gpt2_tvm.toolchains.webruntime || true
+	@[ -d web/node_modules ] || npm ci --prefix web --ignore-scripts --no-audit --no-fund || true
 	@echo "==> tests: quick ones first, heavy ones last"
 	@$(PY) -m pytest -n 2 --dist loadfile
 

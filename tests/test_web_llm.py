@@ -47,7 +47,7 @@ def minor(text: str) -> list[str]:
 
 
 def test_the_pinned_release_has_the_runtime_of_this_tvm() -> None:
-    """0.2.83 and 0.2.84 have runtimes of 0.24 and 0.25, which wait for ever on our library; 0.2.86 has one of 0.28."""
+    """0.2.83 has a runtime of 0.24, with which the page did not load our library; 0.2.86 has one of 0.28."""
     page_tools.packages()
     package = json.loads((page_tools.WEB / "package.json").read_text(encoding="utf-8"))
     assert package["devDependencies"]["@mlc-ai/web-llm"] == pinned()["version"]

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2_tvm import toolchains
 from gpt2_tvm.artifact import INTERFACES, MLC, OWN, SCORE_ROWS, write_manifest
-from gpt2_tvm.checkpoint import ModelSource, resolve_model
+from gpt2_tvm.checkpoint import BUNDLED_NAMES, ModelSource, resolve_model
+from gpt2_tvm.data import bundled_streams
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.files import replacing_folder, require_room
 from gpt2_tvm.mlc.names import mlc_name
@@ -236,7 +237,8 @@ def compile_model(
         cuda_graph: decode, greedy, verify and keep as one CUDA graph each; default for CUDA targets, refused for
             others.
         weights: False leaves the parameters out, to be added where the artifact will run.
-        streams: a folder made by ``train_streams``: the model then drafts for itself with --strategy streaming.
+        streams: a folder made by ``train_streams``, or "bundled" for those of the bundled model: the model then drafts
+            for itself with --strategy streaming.
         stream_rows: rows of the tree that a pass of streams takes, or "8,4": of 8 rows an early exit keeps 4.
         passes: a set of fusions (`passes.registry.pass_set`).
         interface: "own" (`Engine`), or "mlc": the functions that mlc-llm and web-llm call, over TVM's paged cache;
@@ -270,7 +272,8 @@ def compile_model(
     if streams is not None:
         if interface == MLC:
             raise UserError("--streams needs our own engine; leave out --interface mlc")
-        plan = replace(plan, streams=read_plan(Path(streams), source, stream_rows))
+        folder = bundled_streams() if str(streams) in BUNDLED_NAMES else Path(streams)
+        plan = replace(plan, streams=read_plan(folder, source, stream_rows))
     final = Path(output) if output else Path("artifacts") / f"{source.name}-{plan.scheme.name}-{device.name}"
     with replacing_folder(final) as work:
         seconds = _write(work, source, plan, Path(dump_ir) if dump_ir else None, say, weights)

@@ -107,7 +107,8 @@ def main(
     streams: Annotated[
         Path | None,
         typer.Option(
-            help="A folder made by train_streams: the model then drafts for itself, with --strategy streaming."
+            help="A folder made by train_streams, or 'bundled' for the bundled model's: the model then drafts for "
+            "itself, with --strategy streaming."
         ),
     ] = None,
     stream_rows: Annotated[

@@ -23,6 +23,11 @@ def bundled_draft() -> Path:
     return _HERE / "austen-draft"
 
 
+def bundled_streams() -> Path:
+    """The folder of streams with which the bundled model drafts for itself, see `gpt2_tvm.streams`."""
+    return _HERE / "austen-streams"
+
+
 @cache
 def _gettysburg() -> dict[str, Any]:
     return json.loads((_HERE / "gettysburg.json").read_text(encoding="utf-8"))

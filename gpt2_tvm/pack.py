@@ -44,7 +44,8 @@ COMPILER_PARTS = (
     *("tvm_ffi/include", "tvm_ffi/3rdparty", "tvm_ffi/src", "tvm_ffi/cython", "tvm_ffi/lib/*.a"),
 )
 OURS = ("gpt2_tvm", "targets")
-OUR_DATA = ("gpt2_tvm/data/austen",)  # a second model
+# models and a page that no artifact needs
+OUR_DATA = tuple(f"gpt2_tvm/{name}" for name in ("data/austen", "data/austen-draft", "data/austen-streams", "web_page"))
 DISTRIBUTIONS = ("apache-tvm", "apache-tvm-ffi")  # whose versions artifact.check_versions asks for
 IMPORTED = ("tvm", "tvm_ffi", "ml_dtypes", "typing_extensions", *(() if sys.version_info >= (3, 11) else ("tomli",)))
 

@@ -18,6 +18,8 @@ from gpt2_tvm.schedules.norm_gemv import NormGemv
 from gpt2_tvm.schedules.registry import Hit, make_rules
 from gpt2_tvm.schedules.tunable_gemv import TunableGemv
 from gpt2_tvm.schedules.tuned import RULE, Tuned
+from gpt2_tvm.schedules.webgpu_gemv import RULE as WEBGPU_RULE
+from gpt2_tvm.schedules.webgpu_gemv import WebgpuGemv
 
 if TYPE_CHECKING:
     from targets import DeviceTarget
@@ -119,7 +121,9 @@ def lower(
         chosen = make_rules(rules, target)
         if tuned is not None:
             chosen = [(n, NormGemv(tuned.choose) if n == NORM_RULE else rule) for n, rule in chosen]
-            chosen = [(RULE, TunableGemv(tuned.choose)), *chosen]
+            # a point is for every product of its shape; on WebGPU those with a prologue are written by their own rule
+            of_ours = [WebgpuGemv(tuned.choose)] if any(n == WEBGPU_RULE for n, _ in chosen) else []
+            chosen = [*((RULE, rule) for rule in (TunableGemv(tuned.choose), *of_ours)), *chosen]
         scheduled, hits = apply_rules(fused, chosen, tvm_target)
         dump(3, scheduled)
         lowered = _run(scheduled, LOWER)

@@ -268,6 +268,26 @@ def _sample(params: list[_Buffer]) -> Work:
     return nbytes, _all("*", 12, logits.elements)
 
 
+def _accept(params: list[_Buffer]) -> Work:
+    """Integers alone: of the history the drafted tokens, which `best` has as many of; the rest once, what is in place
+    twice."""
+    best, lengths, token, positions, drafting, _, told = params
+    twice = combine("*", 2, _all("+", token.bytes, positions.bytes))
+    return _all("+", best.bytes, best.bytes, lengths.bytes, drafting.bytes, told.bytes, twice), 0
+
+
+def _most_likely(params: list[_Buffer]) -> Work:
+    """A comparison a logit."""
+    return _all("+", *(p.bytes for p in params)), params[0].elements
+
+
+def _near_ties(params: list[_Buffer]) -> Work:
+    """A maximum and a minimum a logit; a multiply, a subtract and a maximum a row."""
+    logits, best = params
+    nbytes = _all("+", logits.bytes, combine("*", 2, best.bytes))
+    return nbytes, _all("+", _all("*", 2, logits.elements), _all("*", 3, best.elements))
+
+
 def _log_prob(params: list[_Buffer]) -> Work:
     """Maximum, subtract, exp and add a logit; then a logarithm and two subtractions a row."""
     logits, _, out = params
@@ -287,5 +307,8 @@ OURS: dict[str, Callable[[list[_Buffer]], Work]] = {
     "keep_branch": _keep,
     "greedy_advance": _greedy,
     "sample_advance": _sample,
+    "accept_draft": _accept,
+    "most_likely": _most_likely,
+    "near_ties": _near_ties,
     "log_prob": _log_prob,
 }

@@ -198,5 +198,7 @@ def _run_one(
     held = {name: gpu.upload(array, name) for name, array in zip(names, arrays, strict=True)}
     scalars = [_evaluate(scalar, sizes) for scalar in lowered.scalars]
     grid = [_evaluate(lowered.grid.get(f"blockIdx.{axis}", tirx.IntImm("int32", 1)), sizes) for axis in "xyz"]
-    gpu.submit([gpu.launch(kernel, [held[name] for name in lowered.arguments], scalars, grid)])
+    # TVM gives a handle another name, with a number at its end, where it makes its buffer one of vectors
+    bound = [held[name if name in held else name.rpartition("_")[0]] for name in lowered.arguments]
+    gpu.submit([gpu.launch(kernel, bound, scalars, grid)])
     return [gpu.read(held[name], array.shape, array.dtype) for name, array in zip(names, arrays, strict=True)]

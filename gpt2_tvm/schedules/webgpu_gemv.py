@@ -45,6 +45,8 @@ from gpt2_tvm.schedules.webgpu_product import (
 )
 from gpt2_tvm.schedules.webgpu_prologue import At, Prologue, plan_prologue
 
+RULE = "webgpu-gemv"
+
 
 def config_for(shape: GemvShape, target: Target, prologue: bool = False) -> GemvConfig:
     """The point where nothing was tuned. prologue: each block computes the vector first.

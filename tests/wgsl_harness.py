@@ -9,6 +9,7 @@ host code that TVM makes for the very same kernel, so a wrong launch shows up he
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,7 @@ class Lowered:
     grid: dict[str, Any]  # "blockIdx.x" -> an expression over shape variables
 
 
+ELEMENTS = {"f32": "float32", "f16": "float16", "i32": "int32", "u32": "uint32"}
 _lowered: dict[tirx.PrimFunc, Lowered] = {}  # by identity: every PrimFunc is lowered once
 
 
@@ -195,10 +197,16 @@ def _run_one(
     lowered = lower_to_wgsl(func)
     gpu = device(f16=lowered.shader.needs_f16)
     kernel = gpu.compile(lowered.shader)
+    types = {name: ELEMENTS[kind] for name, kind in re.findall(r"> (\w+) : array<(\w+)>", lowered.shader.source)}
+    twice = {name for name in names if names.count(name) > 1}  # TVM numbers their handles: which is which, types tell
+    names = [f"{name} {array.dtype}" if name in twice else name for name, array in zip(names, arrays, strict=True)]
+    assert len(set(names)) == len(names), "two parameters of one name and type"
+    handles = [(name, re.sub(r"_ptr_\d+$", "", name)) for name in lowered.arguments]
+    arguments = [
+        f"{base} {types.get(name, types.get(f'{name}_ptr'))}" if base in twice else name for name, base in handles
+    ]
     held = {name: gpu.upload(array, name) for name, array in zip(names, arrays, strict=True)}
     scalars = [_evaluate(scalar, sizes) for scalar in lowered.scalars]
     grid = [_evaluate(lowered.grid.get(f"blockIdx.{axis}", tirx.IntImm("int32", 1)), sizes) for axis in "xyz"]
-    # TVM gives a handle another name, with a number at its end, where it makes its buffer one of vectors
-    bound = [held[name if name in held else name.rpartition("_")[0]] for name in lowered.arguments]
-    gpu.submit([gpu.launch(kernel, bound, scalars, grid)])
+    gpu.submit([gpu.launch(kernel, [held[name] for name in arguments], scalars, grid)])
     return [gpu.read(held[name], array.shape, array.dtype) for name, array in zip(names, arrays, strict=True)]

@@ -32,11 +32,18 @@ def of_kernel(function: str, kind: str) -> Story | None:
     import gpt2_tvm.kernels as kernels
 
     prefix = "cpu_" if kind == "cpu" else "gpu_"
+    here = sorted(Path(kernels.__path__[0]).glob("*.py"))
+    other = "gpu_" if kind == "cpu" else "cpu_"
+    files = [
+        *(p for p in here if p.name.startswith(prefix)),
+        *(p for p in here if not p.name.startswith((prefix, other))),
+    ]
     base = re.sub(r"\d+$", "", function)
+    base = {"most_likely": "argmax"}.get(base, base)  # named for what it is for
     names = [base, re.sub(r"_(append|combine)$", "", base)]
     names += [name.replace("tree_", "decode_") for name in names]  # a GPU's tree attention is decode's, with a mask
     for name in dict.fromkeys(names):
-        for path in sorted(Path(kernels.__path__[0]).glob(f"{prefix}*.py")):
+        for path in files:
             text = path.read_text(encoding="utf-8")
             if re.search(rf"\b(def |\"){name}_?\b", text):
                 module = inspect.cleandoc(text.split('"""')[1]) if text.startswith('"""') else ""

@@ -21,7 +21,7 @@ from tvm import relax, tirx
 from tvm.s_tir import dlight
 from wgsl_harness import lower, run, source
 
-from gpt2_tvm import UserError
+from gpt2_tvm import UserError, toolchains
 from gpt2_tvm.build import lower_plan, make_plan
 from gpt2_tvm.config import GPT2Config
 from gpt2_tvm.quantization import SCHEMES, get_scheme
@@ -271,7 +271,12 @@ def test_cuda_prefill_uses_tensor_cores(name: str) -> None:
     ("target", "wide"), [("m1", "uint4"), pytest.param("gfx942", "dwordx4", marks=pytest.mark.heavy)]
 )
 def test_other_gpus_load_sixteen_bytes(target: str, wide: str) -> None:
-    assert wide in source(gemv(Layer("q8f16", 1, 512, 768, "bias"), target), load_target(target).tvm_target())
+    device = load_target(target)
+    if what := toolchains.missing(device):
+        pytest.skip(f"needs {what}")
+    toolchains.prepare(device)
+    with toolchains.compiling(device) as tvm_target:
+        assert wide in source(gemv(Layer("q8f16", 1, 512, 768, "bias"), target), tvm_target)
 
 
 @pytest.mark.parametrize("rows", [1, None])

@@ -49,7 +49,8 @@ def config_for(shape: GemvShape, target: Target) -> GemvConfig:
     if kind == "webgpu":
         ts, tr, vec_load, most_r = 8, 32, item, 4
     else:
-        ts, tr, vec_load, most_r = (8, 32, LOAD_BYTES, LOAD_BYTES // item)
+        # Metal has vectors of four, whatever their elements
+        ts, tr, vec_load, most_r = (8, 32, 4 * item if kind == "metal" else LOAD_BYTES, LOAD_BYTES // item)
     while ts * tr > most:
         ts //= 2
     k = shape.reduced or 1

@@ -98,3 +98,22 @@ def test_two_attentions_become_one(rows: int, heads: int, dim: int, dtype: str) 
     wanted = share * values.astype(np.float64) + (1 - share) * others.astype(np.float64)
     assert np.allclose(merged, wanted, rtol=0, atol=1e-5 if dtype == "float32" else 4e-3)
     assert np.allclose(merged_sums, np.log2(weights.sum(0)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["webgpu", "metal", "cuda", "gfx1100"])
+def test_the_cache_is_given_that_kernel(target: str) -> None:
+    import tvm
+    from tvm import relax
+
+    from gpt2_tvm.config import GPT2Config
+    from gpt2_tvm.mlc.paged import CREATE, MERGE, add_cache_creation
+    from targets import load_target
+
+    config = GPT2Config(vocab_size=97, n_positions=48, n_embd=160, n_layer=2, n_head=2)
+    builder, device = relax.BlockBuilder(), load_target(target).tvm_target()
+    with device:
+        add_cache_creation(builder, config, "float16", device)
+    module = builder.finalize()
+    ours = merge_states(2, 80, "float16").with_attr("global_symbol", MERGE)
+    tvm.ir.assert_structural_equal(module[MERGE], ours)
+    assert f"{MERGE}," in module[CREATE].script()  # it goes into the call that makes the cache

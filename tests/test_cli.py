@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from commands import run_here
 
 from gpt2_tvm import cli
 from gpt2_tvm.artifact import open_artifact
@@ -184,7 +185,7 @@ def test_random_weights_are_said_in_one_line(tmp_path: Path, monkeypatch: pytest
 
 
 def test_list_targets() -> None:
-    done = command("compile", "--list-targets")
+    done = run_here("gpt2_tvm.compile", "--list-targets")
     assert done.returncode == 0
     names = {line.split()[0] for line in done.stdout.splitlines() if line.strip()}
     assert {"cpu", "cuda", "h200", "metal", "webgpu", "rocm", "gfx942"} <= names
@@ -206,7 +207,7 @@ def test_list_targets() -> None:
     ],
 )
 def test_wrong_options_are_one_line(tiny_model: Path, tmp_path: Path, options: list[str], message: str) -> None:
-    done = command("compile", "--model", tiny_model, "--output", tmp_path / "out", *options)
+    done = run_here("gpt2_tvm.compile", "--model", tiny_model, "--output", tmp_path / "out", *options)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1 and line.startswith("error: ") and message in line
     assert list(tmp_path.iterdir()) == []

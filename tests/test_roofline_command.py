@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run_here
 
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.measure.results import ROW_KEYS
@@ -171,7 +172,7 @@ def test_the_figure_is_written_and_nothing_overlaps(made: tuple[str, dict[str, A
 
 def test_without_a_count_the_parts_are_drawn(tmp_path: Path) -> None:
     sizes = ("--batch", "2,100", "--seq", "64", "--no-count", "--format", "json", "--figure", tmp_path / "r.svg")
-    done = roofline("--model", "gpt2", "--device", "h200", "--weights", "int8", *sizes)
+    done = run_here(COMMAND[-1], "--model", "gpt2", "--device", "h200", "--weights", "int8", *sizes)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert not report["module"]["counted"] and report["module"]["why_not"] == "--no-count"
@@ -182,7 +183,7 @@ def test_without_a_count_the_parts_are_drawn(tmp_path: Path) -> None:
 
 
 def test_dtypes_that_no_scheme_has_are_told(tiny_model: Path) -> None:
-    done = roofline("--model", tiny_model, "--device", "t4", "--seq", 16, "--cache", "int8")
+    done = run_here(COMMAND[-1], "--model", tiny_model, "--device", "t4", "--seq", 16, "--cache", "int8")
     assert done.returncode == 0, done.stderr
     assert (
         "Not counted: no scheme of this version computes with weights float16, activations float16, cache int8"
@@ -192,7 +193,8 @@ def test_dtypes_that_no_scheme_has_are_told(tiny_model: Path) -> None:
 
 def test_materialized_attention_and_a_large_batch(tiny_model: Path) -> None:
     sizes = ("--attention", "materialized", "--batch", "3,65", "--seq", "16", "--format", "json")
-    done = roofline("--model", tiny_model, "--device", "webgpu", "--bandwidth-gb-s", 10, "--tflops", 1, *sizes)
+    device = ("--device", "webgpu", "--bandwidth-gb-s", 10, "--tflops", 1)
+    done = run_here(COMMAND[-1], "--model", tiny_model, *device, *sizes)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["module"]["unexplained"] == 0 and report["module"]["cases"] == 5

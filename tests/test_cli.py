@@ -149,6 +149,40 @@ def test_comma_lists() -> None:
         cli.integers("1,b", "--x")
 
 
+# ---- the end of a command that measures
+
+
+def test_what_was_measured_is_printed_and_written_before_anything_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[str] = []
+    with pytest.raises(UserError, match=r"^a died; b died$"):
+        cli.conclude("table\n", {"rows": [1]}, tmp_path / "r.json", lambda: seen.append("drawn"), ["a died", "b died"])
+    assert capsys.readouterr().out == "table\n" and seen == ["drawn"]
+    assert json.loads((tmp_path / "r.json").read_text()) == {"rows": [1]}
+    with pytest.raises(OSError):  # cannot be written: what was printed stays
+        cli.conclude("again\n", {}, tmp_path / "r.json" / "under-a-file")
+    assert capsys.readouterr().out == "again\n"
+    cli.conclude("", {}, None)
+
+
+def test_an_interrupt_keeps_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[int] = []
+
+    def measure(file: Path | None) -> None:
+        with cli.kept_if_interrupted(file, lambda: {"rows": rows}):
+            rows.append(7)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(None)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(KeyboardInterrupt):
+        measure(tmp_path / "r.json")
+    assert capsys.readouterr().err == f"what was measured so far is in {tmp_path / 'r.json'}\n"
+    assert json.loads((tmp_path / "r.json").read_text()) == {"rows": [7, 7]}
+
+
 # ---- compile
 
 

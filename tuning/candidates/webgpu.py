@@ -52,7 +52,7 @@ class WebgpuCandidates:
         import tvm
 
         from gpt2_tvm.host_code import split_launches
-        from gpt2_tvm.runners.wgpu_device import parse_wgsl
+        from gpt2_tvm.runners.wgsl import parse_wgsl
 
         begin = time.perf_counter()
         self.announce("schedule")
@@ -121,7 +121,7 @@ class WebgpuCandidates:
 
     def _floor(self) -> float | None:
         """Microseconds of a kernel that does nothing: the median of many."""
-        from gpt2_tvm.runners.wgpu_device import parse_wgsl
+        from gpt2_tvm.runners.wgsl import parse_wgsl
 
         if not self.device.has_timestamps:
             return None

@@ -27,11 +27,12 @@ def run_here(
     Errors that are not ours come out of `cli.run` as one line too, as they would there.
     """
     app = importlib.import_module(module).app
+    line = [f"{module}.py", *map(str, arguments)]
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     status = 0
     before = Path.cwd()
     with MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", [f"{module}.py", *map(str, arguments)])
+        patch.setattr(sys, "argv", line)
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         patch.delenv("GPT2_TVM_DEBUG", raising=False)
         os.chdir(folder or before)
@@ -42,4 +43,4 @@ def run_here(
         finally:
             os.chdir(before)
     printed = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
-    return subprocess.CompletedProcess(sys.argv, status, *printed)
+    return subprocess.CompletedProcess(line, status, *printed)

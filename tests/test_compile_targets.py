@@ -129,7 +129,8 @@ def test_webgpu(model: str, quantization: str, no_page: None, request: pytest.Fi
     """wgpu makes a pipeline of every kernel (what they compute is tested in test_wgpu_runner.py)."""
     pytest.importorskip("wgpu", reason="pip install 'gpt2-tvm[webgpu]'")
     from gpt2_tvm.errors import UserError
-    from gpt2_tvm.runners.wgpu_device import Device, parse_wgsl
+    from gpt2_tvm.runners.wgpu_device import Device
+    from gpt2_tvm.runners.wgsl import parse_wgsl
 
     artifact = compile_model(
         request.getfixturevalue(model), "webgpu", quantization, output=tmp_path / "a", weights=False

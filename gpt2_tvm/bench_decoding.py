@@ -118,14 +118,14 @@ def main(
     if sampling.greedy != all(subject.strategy != "sample" for subject in subjects):
         raise UserError("--strategy sample and a --temperature above 0 go together; greedy is for temperature 0")
     result = _measure(subjects, _list(dataset, "--dataset"), sampling, options, repeats, device, records, fresh)
-    sys.stdout.write(render(result, format_))
-    sys.stdout.flush()
-    if json_file is not None:
-        cli.write_json(json_file, result)
-    if figure is not None:
-        from gpt2_tvm.decoding.figures import draw
 
-        draw(result["rows"], figure)
+    def draw() -> None:
+        from gpt2_tvm.decoding import figures
+
+        assert figure is not None
+        figures.draw(result["rows"], figure)
+
+    cli.conclude(render(result, format_), result, json_file, None if figure is None else draw)
 
 
 def _list(text: str, option: str = "") -> list[str]:

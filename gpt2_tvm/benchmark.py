@@ -119,21 +119,10 @@ def _measure(
     names = ("--batch", "--prompt-tokens", "--generate")
     cases = cross(*(parse_sizes(option, text) for option, text in zip(names, sizes, strict=True)))
     session = Session(paths, cases, **options)
-    try:
-        with cli.progress(session.turns) as say:
-            session.run(say)
-    except KeyboardInterrupt:
-        if json_file is not None:
-            cli.write_json(json_file, session.result())
-            print(f"what was measured so far is in {json_file}", file=sys.stderr)
-        raise
+    with cli.kept_if_interrupted(json_file, session.result), cli.progress(session.turns) as say:
+        session.run(say)
     result = session.result()
-    sys.stdout.write(render(result, format_))  # first: a disk that is full now must not cost the figures
-    sys.stdout.flush()
-    if json_file is not None:
-        cli.write_json(json_file, result)
-    if session.failures:
-        raise UserError("; ".join(session.failures))
+    cli.conclude(render(result, format_), result, json_file, failures=session.failures)
 
 
 def _collect(paths: list[Path], format_: str, json_file: Path | None, figure: Path | None) -> None:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,40 @@ def _line_a_stage() -> Callable[[str, int], Any]:
         last = stage
 
     return say
+
+
+@contextmanager
+def kept_if_interrupted(json_file: Path | None, result: Callable[[], Any]) -> Iterator[None]:
+    """Around a long measurement: Ctrl-C writes what `result()` is by then where --json says, and goes on its way."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if json_file is not None:
+            write_json(json_file, result())
+            print(f"what was measured so far is in {json_file}", file=sys.stderr)
+        raise
+
+
+def conclude(
+    text: str,
+    result: Any,
+    json_file: Path | None,
+    draw: Callable[[], Any] | None = None,
+    failures: Sequence[str] = (),
+) -> None:
+    """The end of a command that measured: print `text`, write `result` where --json says, draw, and only then fail.
+
+    In this order: a disk that is full now must not cost the figures, nor one failure those of the others. UserError
+    with all `failures`, where there are any.
+    """
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    if json_file is not None:
+        write_json(json_file, result)
+    if draw is not None:
+        draw()
+    if failures:
+        raise UserError("; ".join(failures))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -158,33 +158,18 @@ def _choose(paths: list[Path], schemes: list[str] | None) -> list[Path]:
     return [path for name in schemes for path in by_scheme[name]]
 
 
-def _measure(
-    comparison: Comparison, cache: Path, format_: str, json_file: Path | None, figure: Path | None
-) -> dict[str, Any]:
+def _measure(comparison: Comparison, cache: Path, format_: str, json_file: Path | None, figure: Path | None) -> None:
     """Run, print, write, draw. An interrupted run writes what it has, marked as not complete, and ends with 130."""
     from gpt2_tvm.comparing.facts import open_facts
     from gpt2_tvm.comparing.figures import draw
     from gpt2_tvm.comparing.tables import render
     from gpt2_tvm.perplexity import progress as scoring
 
-    try:
-        with open_facts(cache) as journal:
-            comparison.run(journal, scoring, cli.progress)
-    except KeyboardInterrupt:
-        if json_file is not None:
-            cli.write_json(json_file, comparison.result())
-            print(f"what was measured so far is in {json_file}", file=sys.stderr)
-        raise
+    with cli.kept_if_interrupted(json_file, comparison.result), open_facts(cache) as journal:
+        comparison.run(journal, scoring, cli.progress)
     result = comparison.result()
-    sys.stdout.write(render(result, format_))  # first: a disk that is full now must not cost the figures
-    sys.stdout.flush()
-    if json_file is not None:
-        cli.write_json(json_file, result)
-    if figure is not None:
-        draw(result, figure)
-    if comparison.session.failures:
-        raise UserError("; ".join(comparison.session.failures))
-    return result
+    drawing = partial(draw, result, figure) if figure is not None else None
+    cli.conclude(render(result, format_), result, json_file, drawing, comparison.session.failures)
 
 
 if __name__ == "__main__":

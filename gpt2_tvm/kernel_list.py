@@ -43,7 +43,7 @@ from gpt2_tvm.toolchains.webgpu import KERNELS
 if TYPE_CHECKING:
     from gpt2_tvm.build import Plan
     from gpt2_tvm.pipeline import Lowered
-    from gpt2_tvm.runners.wgpu_device import Shader
+    from gpt2_tvm.runners.wgsl import Shader
 
 FORMAT = 1
 KERNEL_LIST = "kernels.json"
@@ -57,7 +57,7 @@ def write_kernel_list(work: Path, lowered: Lowered, plan: Plan, executable: Any)
     Raises RuntimeError where a function does what a list of launches cannot say, or names a kernel that
     kernels.wgsl lacks.
     """
-    from gpt2_tvm.runners.wgpu_device import parse_wgsl
+    from gpt2_tvm.runners.wgsl import parse_wgsl
 
     functions = {v: f for v, f in lowered.final.functions_items() if isinstance(f, tirx.PrimFunc)}
     target, most = plan.target.tvm_target(), plan.target.limits.storage_binding_bytes

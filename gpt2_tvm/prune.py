@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -256,23 +257,15 @@ def _measure(
     from gpt2_tvm.quantization import get_scheme
 
     dtype = get_scheme(quantization).weight_dtype
-    try:
-        with open_facts(store) as journal:
-            comparison.run(journal, scoring, cli.progress)
-    except KeyboardInterrupt:
-        if json_file is not None:
-            cli.write_json(json_file, annotated(comparison.result(), points, dtype))
-            print(f"what was measured so far is in {json_file}", file=sys.stderr)
-        raise
-    result = annotated(comparison.result(), points, dtype)
-    sys.stdout.write(render(result, format_))
-    sys.stdout.flush()
-    if json_file is not None:
-        cli.write_json(json_file, result)
-    if figure is not None:
-        draw(result, figure)
-    if comparison.session.failures:
-        raise UserError("; ".join(comparison.session.failures))
+
+    def result() -> dict[str, Any]:
+        return annotated(comparison.result(), points, dtype)
+
+    with cli.kept_if_interrupted(json_file, result), open_facts(store) as journal:
+        comparison.run(journal, scoring, cli.progress)
+    made = result()
+    drawing = partial(draw, made, figure) if figure is not None else None
+    cli.conclude(render(made, format_), made, json_file, drawing, comparison.session.failures)
 
 
 if __name__ == "__main__":

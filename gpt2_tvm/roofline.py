@@ -15,7 +15,7 @@ from gpt2_tvm.errors import UserError
 
 if TYPE_CHECKING:
     from gpt2_tvm.checkpoint import ModelSource
-    from gpt2_tvm.theory.dtypes import Dtypes
+    from gpt2_tvm.theory.closed import Model
     from gpt2_tvm.theory.report import Drafting, Question
     from targets import DeviceTarget
 
@@ -42,12 +42,16 @@ def main(
             "for it, else float32."
         ),
     ] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="As for compile, in place of the dtypes: those of a scheme, q8f32-float-head say."),
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="float32, float16, bfloat16, int8 or int4.")] = None,
     activations: Annotated[str | None, typer.Option(help="The dtype between kernels, and of the arithmetic.")] = None,
     cache: Annotated[str | None, typer.Option(help="Of keys and values.")] = None,
     accumulation: Annotated[
-        str, typer.Option(help="Of sums: logits, and scores where they are in memory.")
-    ] = "float32",
+        str | None, typer.Option(help="Of sums: logits, and scores where they are in memory. Default: float32.")
+    ] = None,
     bandwidth_gb_s: Annotated[float | None, typer.Option(help="10^9 bytes a second, in place of the target's.")] = None,
     tflops: Annotated[float | None, typer.Option(help="10^12 operations a second, in place of the target's.")] = None,
     draft: Annotated[
@@ -100,12 +104,15 @@ def main(
 
         check_figure(figure)
     kinds = {"weights": weights, "activations": activations, "cache": cache, "accumulation": accumulation}
+    if quantization is not None and (given := [k for k, v in {"dtype": dtype, **kinds}.items() if v is not None]):
+        raise UserError(f"--quantization names every dtype; leave out --{' and --'.join(given)}, or it")
     sizes = parse_sizes("--batch", batch), parse_sizes("--seq", seq)
     files = measured or []
     rates = (bandwidth_gb_s, tflops)
-    source, target, question = _question(model, device, attention, dtype, kinds, sizes, rates, files)
+    stored = (quantization, dtype, kinds)
+    source, target, question = _question(model, device, attention, stored, sizes, rates, files)
     drafting = _drafting(draft, cost_ratio, agreement, sampled_agreement, source, question)
-    name = scheme_of(question.model.dtypes)
+    name = scheme_of(question.model)
     points, notes = read_points(files, source.name, question.model, name, question.machine)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
@@ -135,13 +142,13 @@ def _question(
     model: str,
     device: str,
     attention: str,
-    dtype: str | None,
-    kinds: dict[str, str | None],
+    stored: tuple[str | None, str | None, dict[str, str | None]],
     sizes: tuple[tuple[int, ...], tuple[int, ...]],
     rates: tuple[float | None, float | None],
     measured: list[Path],
 ) -> tuple[ModelSource, DeviceTarget, Question]:
     from gpt2_tvm.build import ATTENTION
+    from gpt2_tvm.quantization import scheme_for
     from gpt2_tvm.theory.closed import Model
     from gpt2_tvm.theory.dtypes import Dtypes
     from gpt2_tvm.theory.machine import machine_of
@@ -151,28 +158,37 @@ def _question(
     if attention not in ATTENTION:
         raise UserError(f"unknown --attention {attention!r}; choose {' or '.join(ATTENTION)}")
     target = specialise(load_target(device))
-    if dtype is None:
-        dtype = "float16" if target.peak is not None and target.peak.fp16_tflops else "float32"
-    dtypes = Dtypes(**{kind: name or dtype for kind, name in kinds.items()})
+    quantization, dtype, kinds = stored
+    tables: tuple[str, ...] = ()
+    if quantization is not None:
+        scheme = scheme_for(quantization, target.name, target.kind)
+        compute, tables = scheme.compute_dtype, scheme.float_tables
+        dtypes = Dtypes(scheme.weight_dtype, compute, compute)
+    else:
+        dtype = dtype or ("float16" if target.peak is not None and target.peak.fp16_tflops else "float32")
+        dtypes = Dtypes(**{kind: name or dtype for kind, name in {**kinds, "accumulation": None}.items()})
+        dtypes = replace(dtypes, accumulation=kinds["accumulation"] or "float32")
     source = _source(model)
     batches, seqs = sizes
     if max(seqs) > source.config.n_positions:
         raise UserError(f"--seq {max(seqs)}: {source.name} has positions for {source.config.n_positions} tokens")
     machine = machine_of(target, dtypes.arithmetic, *rates, measured)
-    form = Model(source.config, dtypes, attention, fast_math=target.kind == "cpu")
+    form = Model(source.config, dtypes, attention, fast_math=target.kind == "cpu", float_tables=tables)
     capacity = max(seqs) if attention == "materialized" else source.config.n_positions
     question = Question(source.name, form, machine, batches, seqs, capacity, why_not="--no-count")
     return source, target, question
 
 
-def scheme_of(dtypes: Dtypes) -> str | None:
-    """The quantization scheme that stores and computes in these dtypes; None where there is none."""
+def scheme_of(form: Model) -> str | None:
+    """The quantization scheme that stores and computes as `form` says; None where there is none."""
     from gpt2_tvm.quantization import SCHEMES
 
+    dtypes = form.dtypes
     if dtypes.cache != dtypes.activations or dtypes.accumulation != "float32":
         return None
     wanted = (dtypes.weights, dtypes.activations)
-    return next((name for name, s in SCHEMES.items() if (s.weight_dtype, s.compute_dtype) == wanted), None)
+    found = next((name for name, s in SCHEMES.items() if (s.weight_dtype, s.compute_dtype) == wanted), None)
+    return found and "-float-".join((found, *form.float_tables))
 
 
 def _counted(question: Question, source: ModelSource, target: DeviceTarget) -> Question:
@@ -181,7 +197,7 @@ def _counted(question: Question, source: ModelSource, target: DeviceTarget) -> Q
     from gpt2_tvm.theory.counted import count_module
 
     form = question.model
-    scheme = scheme_of(form.dtypes)
+    scheme = scheme_of(form)
     if scheme is None:
         return replace(question, why_not=f"no scheme of this version computes with {form.dtypes.describe()}")
     static = tuple(b for b in question.batches if b <= MAX_BATCH)

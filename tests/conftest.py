@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,15 @@ import pytest
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Heavy tests after all quick ones, so that a plain mistake shows within the first minutes."""
     items.sort(key=lambda item: item.get_closest_marker("heavy") is not None)  # stable: the rest stays in place
+
+
+@pytest.fixture(scope="module")
+def no_page() -> Iterator[None]:
+    """Artifacts for webgpu without model.wasm, as where emcc is missing: a third of their compilation, and nothing that
+    wgpu needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpt2_tvm.toolchains.web.write_module", lambda *given: [])
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from commands import run_here
 from faults import assert_one_line
 from rpc_workers import server, tracker
 from wgsl_harness import device
@@ -250,12 +251,13 @@ def test_static_needs_no_device(tiny_model: Path, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_cost_one_line(arguments: tuple[str, ...], part: str, tiny_model: Path, tmp_path: Path) -> None:
-    assert_one_line(run(tmp_path, tiny_model, *arguments), part)
+    assert_one_line(run_here(*command(tiny_model, *arguments)[2:], folder=tmp_path), part)
     assert not (tmp_path / RECORDS).exists() and not (tmp_path / JOURNAL).exists()
 
 
 def test_a_result_without_its_journal_is_not_overwritten(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / RECORDS).write_text("{}")
-    assert_one_line(run(tmp_path, tiny_model, "--sets", "full"), "without its journal", "--fresh")
-    assert_one_line(run(tmp_path, tiny_model, "--sets", "full", "--report"), "no result")
+    line = command(tiny_model, "--sets", "full")[2:]
+    assert_one_line(run_here(*line, folder=tmp_path), "without its journal", "--fresh")
+    assert_one_line(run_here(*line, "--report", folder=tmp_path), "no result")
     assert (tmp_path / RECORDS).read_text() == "{}"

@@ -261,7 +261,7 @@ def test_compile_without_emcc_says_one_line_and_the_artifact_runs(
 
 
 def test_workgroup_memory_is_added_up() -> None:
-    from gpt2_tvm.runners.wgpu_device import Shader
+    from gpt2_tvm.runners.wgsl import Shader
     from gpt2_tvm.toolchains.web_needs import shared_bytes
 
     source = """

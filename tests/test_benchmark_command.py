@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run_here
 
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.measure import collect, tables
@@ -102,7 +103,7 @@ def test_numbers_are_short(value: float | None, text: str) -> None:
     ],
 )
 def test_what_cannot_be_measured_is_one_line(tiny_artifact: Path, arguments: tuple[str, ...], said: str) -> None:
-    done = benchmark(tiny_artifact, *arguments)
+    done = run_here("gpt2_tvm.benchmark", tiny_artifact, *arguments)
     *before, last = done.stderr.splitlines()
     assert done.returncode == 1 and done.stdout == "" and last.startswith("error: ") and said in last
     assert all(line.startswith("loading") for line in before)  # nothing was timed
@@ -114,7 +115,8 @@ def test_a_damaged_artifact_is_refused_before_anything_is_timed(tiny_artifact: P
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    done = benchmark(tiny_artifact, damaged, "--prompt-tokens", 4, "--generate", 4, "--json", tmp_path / "r.json")
+    sizes = ("--prompt-tokens", 4, "--generate", 4)
+    done = run_here("gpt2_tvm.benchmark", tiny_artifact, damaged, *sizes, "--json", tmp_path / "r.json")
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and last.startswith(f"error: {shard} is damaged") and "warm-up" not in done.stderr
     assert not (tmp_path / "r.json").exists()
@@ -195,7 +197,8 @@ def test_results_of_devices_become_one_table_and_a_chart(tmp_path: Path) -> None
         result_file(tmp_path / "d.json", "RTX 4090", 20.0, peer="transformers", complete=False),
         result_file(tmp_path / "e.json", "RTX 4090", 90.0, prompt_tokens=322),
     ]
-    done = benchmark("--collect", *files, "--figure", tmp_path / "f.png", "--json", tmp_path / "all.json")
+    outputs = ("--figure", tmp_path / "f.png", "--json", tmp_path / "all.json")
+    done = run_here("gpt2_tvm.benchmark", "--collect", *files, *outputs)
     assert done.returncode == 0, done.stderr
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
     where = {name: i for i, name in enumerate(lines[0])}
@@ -210,7 +213,7 @@ def test_results_of_devices_become_one_table_and_a_chart(tmp_path: Path) -> None
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     merged = json.loads((tmp_path / "all.json").read_text())
     assert [row["decode_tok_s"] for row in merged["rows"]] == [343.4, 117.2, 20.0, 90.0]
-    as_csv = benchmark("--collect", tmp_path / "all.json", "--format", "csv")
+    as_csv = run_here("gpt2_tvm.benchmark", "--collect", tmp_path / "all.json", "--format", "csv")
     assert [line["device"] for line in csv.DictReader(io.StringIO(as_csv.stdout))] == [t[0] for t in table]
 
 

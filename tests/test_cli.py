@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from commands import run_here
 
 from gpt2_tvm import cli
 from gpt2_tvm.artifact import open_artifact
@@ -148,6 +149,40 @@ def test_comma_lists() -> None:
         cli.integers("1,b", "--x")
 
 
+# ---- the end of a command that measures
+
+
+def test_what_was_measured_is_printed_and_written_before_anything_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[str] = []
+    with pytest.raises(UserError, match=r"^a died; b died$"):
+        cli.conclude("table\n", {"rows": [1]}, tmp_path / "r.json", lambda: seen.append("drawn"), ["a died", "b died"])
+    assert capsys.readouterr().out == "table\n" and seen == ["drawn"]
+    assert json.loads((tmp_path / "r.json").read_text()) == {"rows": [1]}
+    with pytest.raises(OSError):  # cannot be written: what was printed stays
+        cli.conclude("again\n", {}, tmp_path / "r.json" / "under-a-file")
+    assert capsys.readouterr().out == "again\n"
+    cli.conclude("", {}, None)
+
+
+def test_an_interrupt_keeps_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[int] = []
+
+    def measure(file: Path | None) -> None:
+        with cli.kept_if_interrupted(file, lambda: {"rows": rows}):
+            rows.append(7)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(None)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(KeyboardInterrupt):
+        measure(tmp_path / "r.json")
+    assert capsys.readouterr().err == f"what was measured so far is in {tmp_path / 'r.json'}\n"
+    assert json.loads((tmp_path / "r.json").read_text()) == {"rows": [7, 7]}
+
+
 # ---- compile
 
 
@@ -184,7 +219,7 @@ def test_random_weights_are_said_in_one_line(tmp_path: Path, monkeypatch: pytest
 
 
 def test_list_targets() -> None:
-    done = command("compile", "--list-targets")
+    done = run_here("gpt2_tvm.compile", "--list-targets")
     assert done.returncode == 0
     names = {line.split()[0] for line in done.stdout.splitlines() if line.strip()}
     assert {"cpu", "cuda", "h200", "metal", "webgpu", "rocm", "gfx942"} <= names
@@ -206,7 +241,7 @@ def test_list_targets() -> None:
     ],
 )
 def test_wrong_options_are_one_line(tiny_model: Path, tmp_path: Path, options: list[str], message: str) -> None:
-    done = command("compile", "--model", tiny_model, "--output", tmp_path / "out", *options)
+    done = run_here("gpt2_tvm.compile", "--model", tiny_model, "--output", tmp_path / "out", *options)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1 and line.startswith("error: ") and message in line
     assert list(tmp_path.iterdir()) == []

@@ -263,7 +263,7 @@ MODELS = [
     pytest.param(("q8f32-float-embedding", "untied"), marks=pytest.mark.heavy),
     pytest.param(("q4f32_1-float-head", "untied"), marks=pytest.mark.heavy),
     pytest.param(("q8f32-float-head", "tied"), marks=pytest.mark.heavy),
-    ("q16f32", "bundled"),
+    pytest.param(("q16f32", "bundled"), marks=pytest.mark.heavy),
     ("q8f32", "bundled"),
     pytest.param(("q4f32_1", "bundled"), marks=pytest.mark.heavy),
 ]

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from commands import run_here
 
 from gpt2_tvm.build import make_plan
 from gpt2_tvm.config import GPT2Config
@@ -251,7 +252,7 @@ def test_a_function_on_the_terminal(tiny_model: Path) -> None:
     ],
 )
 def test_errors_are_one_line(arguments: tuple[str, ...], says: str, tiny_model: Path, tmp_path: Path) -> None:
-    done = explain(*(a.format(model=tiny_model, folder=tmp_path) for a in arguments))
+    done = run_here("tuning.explain", *(a.format(model=tiny_model, folder=tmp_path) for a in arguments))
     assert done.returncode == 1 and done.stdout == ""
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and says in last

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run_here
 
 from gpt2_tvm.decoding.sampling import check_options, distribution, sample
 from gpt2_tvm.decoding.stop import StopStrings
@@ -260,9 +261,9 @@ def test_a_stop_string_across_tokens_ends_the_text(bundled_artifact: Path) -> No
     assert len(result.tokens) < len(ids)
 
 
-def generate(*arguments: str | Path, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+def generate(*arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "gpt2_tvm.generate", *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, timeout=120)
+    return subprocess.run(command, capture_output=True, timeout=120)
 
 
 def test_the_command_writes_what_the_engine_gives(bundled_artifact: Path, tmp_path: Path) -> None:
@@ -304,17 +305,17 @@ def test_the_command_writes_what_the_engine_gives(bundled_artifact: Path, tmp_pa
 def test_what_a_user_gets_wrong_is_one_line(
     bundled_artifact: Path, arguments: list[str], stdin: bytes | None, message: str
 ) -> None:
-    done = generate(bundled_artifact, *arguments, stdin=stdin)
+    done = run_here("gpt2_tvm.generate", bundled_artifact, *arguments, stdin=stdin or b"")
     assert done.returncode == 1
-    assert done.stdout == b""
-    lines = done.stderr.decode().splitlines()
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
 
 
 def test_without_a_tokenizer_ids_are_asked_for(tiny_artifact: Path) -> None:
-    done = generate(tiny_artifact, "Hello")
-    assert done.returncode == 1 and b"--prompt-ids" in done.stderr
-    done = generate(tiny_artifact, "--prompt-ids", "5,6", "--max-tokens", "100", "--temperature", "1")
+    done = run_here("gpt2_tvm.generate", tiny_artifact, "Hello")
+    assert done.returncode == 1 and "--prompt-ids" in done.stderr
+    done = run_here("gpt2_tvm.generate", tiny_artifact, "--prompt-ids", "5,6", "--max-tokens", 100, "--temperature", 1)
     assert done.returncode == 0
     assert len(done.stdout.split()) == 46
-    assert b"context is full" in done.stderr
+    assert "context is full" in done.stderr

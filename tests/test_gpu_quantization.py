@@ -315,7 +315,7 @@ def test_every_quantised_scheme_is_for_every_gpu(target: str) -> None:
 )
 @pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.heavy
-def test_a_model_on_webgpu(scheme: str, tied: bool, ours: bool, tmp_path: Path) -> None:
+def test_a_model_on_webgpu(scheme: str, tied: bool, ours: bool, no_page: None, tmp_path: Path) -> None:
     """Prefill, decode and verify of a whole model through wgpu, against numpy with the dequantised weights."""
     from test_cpu_quantization import close, dequantised, numpy_logits
     from wgsl_harness import device

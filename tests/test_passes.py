@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tvm_ffi
 from faults import refusal
 from tvm import relax, tirx
 from tvm.ir import GlobalVar
@@ -17,16 +18,22 @@ from gpt2_tvm.build import make_plan
 from gpt2_tvm.config import PRESETS, GPT2Config
 from gpt2_tvm.inventory import function_table
 from gpt2_tvm.passes.registry import FUSIONS, applicable, pass_set
+from gpt2_tvm.quantization import get_scheme
 from targets import load_target
 
 GPUS = ("cuda", "webgpu", "metal", "rocm")
 LAYERS = 2
+DEQUANTIZE = "dequantize-gemv"
 # 1024 positions, so that a head's slots are split; sizes that no thread count divides
 CONFIG = GPT2Config(vocab_size=101, n_positions=1024, n_embd=36, n_layer=LAYERS, n_head=3)
 
 
-@cache
 def lowered(target: str, passes: str, quantization: str = "q0f32", rules: str = "full") -> tuple[Any, Any]:
+    return _lowered(target, passes, quantization, rules)  # one key, whether the defaults are written or not
+
+
+@cache
+def _lowered(target: str, passes: str, quantization: str, rules: str) -> tuple[Any, Any]:
     from gpt2_tvm.build import lower_plan
 
     plan = make_plan(
@@ -36,9 +43,13 @@ def lowered(target: str, passes: str, quantization: str = "q0f32", rules: str = 
         return lower_plan(plan)[0], plan
 
 
-@cache
 def table(target: str, passes: str, quantization: str = "q0f32", rules: str = "full") -> dict[str, Any]:
-    return function_table(*lowered(target, passes, quantization, rules))
+    return _table(target, passes, quantization, rules)
+
+
+@cache
+def _table(target: str, passes: str, quantization: str, rules: str) -> dict[str, Any]:
+    return function_table(*_lowered(target, passes, quantization, rules))
 
 
 # Sets ---------------------------------------------------------------------------------------------------------------
@@ -107,8 +118,9 @@ def test_launches_of_a_step(target: str) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("quantization", ["q0f16", "q8f16"])
-@pytest.mark.parametrize("target", GPUS)
+@pytest.mark.parametrize(
+    ("target", "quantization"), [*((target, "q0f16") for target in GPUS), ("cuda", "q8f16"), ("webgpu", "q8f16")]
+)
 def test_launches_of_gpt2(target: str, quantization: str) -> None:
     from gpt2_tvm.build import lower_plan
 
@@ -190,8 +202,8 @@ def logits(model: Path, target: str, quantization: str, passes: str, folder: Pat
     return found
 
 
-@pytest.fixture(scope="session")
-def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def odd_model(no_page: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from gpt2_tvm.checkpoint import random_model
     from gpt2_tvm.weights import write_hf_checkpoint
 
@@ -211,11 +223,33 @@ def test_cpu_results_are_those_of_every_set(odd_model: Path, tmp_path: Path) -> 
     same(odd_model, "cpu", "q8f32", ["none", "only-norm-residual", "without-linear-residual"], tmp_path, 1e-5)
 
 
+def single(target: str, quantization: str, *forms: str) -> list[str]:
+    """The sets "only-x" or "without-x" of every pass of a target. Where weights are not widened dequantize-gemv finds
+    nothing, see `test_plain_weights_leave_dequantize_gemv_nothing`: its sets are those of no pass, or of all.
+    """
+    device = load_target(target)
+    every = applicable(device, tuple(device.rules) if device.kind != "cpu" else ())
+    names = [name for name in every if name != DEQUANTIZE or get_scheme(quantization).widened]
+    return [f"{form}-{name}" for form in forms for name in names]
+
+
+@pytest.mark.parametrize("target", ["cpu", "webgpu"])
+def test_plain_weights_leave_dequantize_gemv_nothing(target: str) -> None:
+    apart = lowered(target, f"without-{DEQUANTIZE}")[0].final
+    assert tvm_ffi.structural_equal(apart, lowered(target, "all")[0].final, map_free_vars=True)
+
+
 @pytest.mark.heavy
-@pytest.mark.parametrize("quantization", ["q0f32", "q0f16", "q4f32_1", "q16f32"])
-def test_cpu_results_are_those_of_every_single_pass(odd_model: Path, tmp_path: Path, quantization: str) -> None:
-    every = applicable(load_target("cpu"), ())
-    sets = ["none", *(f"only-{name}" for name in every), *(f"without-{name}" for name in every)]
+@pytest.mark.parametrize(
+    ("quantization", "forms"),
+    [("q0f32", ("only", "without")), ("q0f16", ("without",)), ("q4f32_1", ("only",)), ("q16f32", ("only",))],
+)
+def test_cpu_results_are_those_of_every_single_pass(
+    odd_model: Path, tmp_path: Path, quantization: str, forms: tuple[str, ...]
+) -> None:
+    sets = ["none", *single("cpu", quantization, *forms)]
+    if get_scheme(quantization).widened:
+        sets.append(f"without-{DEQUANTIZE}")
     same(odd_model, "cpu", quantization, sets, tmp_path, 2e-2 if quantization == "q0f16" else 1e-5)
 
 
@@ -224,19 +258,21 @@ def test_webgpu_results_are_those_of_the_cpu(odd_model: Path, tmp_path: Path) ->
     from wgsl_harness import device
 
     device()
-    same(odd_model, "webgpu", "q0f32", ["all", "none"], tmp_path, 1e-5)
+    same(odd_model, "webgpu", "q0f32", ["all"], tmp_path, 1e-5)
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("quantization", ["q0f32", "q8f32"])
-def test_webgpu_results_of_every_single_pass(odd_model: Path, tmp_path: Path, quantization: str) -> None:
+@pytest.mark.parametrize(("quantization", "forms"), [("q0f32", ("only", "without")), ("q8f32", ("only",))])
+def test_webgpu_results_of_every_single_pass(
+    odd_model: Path, tmp_path: Path, quantization: str, forms: tuple[str, ...]
+) -> None:
     pytest.importorskip("wgpu", reason="needs wgpu: pip install 'gpt2-tvm[webgpu]'")
     from wgsl_harness import device
 
     device()
-    target = load_target("webgpu")
-    every = applicable(target, target.rules)
-    sets = [*(f"only-{name}" for name in every), *(f"without-{name}" for name in every)]
+    sets = ["none", *single("webgpu", quantization, *forms)]
+    if get_scheme(quantization).widened:
+        sets += ["all", f"without-{DEQUANTIZE}"]
     same(odd_model, "webgpu", quantization, sets, tmp_path, 1e-5)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run_here
 
 from gpt2_tvm import Engine, compile_model
 from gpt2_tvm.data import bundled_model, prompt_text
@@ -35,8 +36,8 @@ half agony, half hope. Tell me not that I am too late, that such precious feelin
 """
 
 
-def perplexity(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=300)
+def perplexity(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=300)
 
 
 def of_transformers(folder: Path, ids: Sequence[int], context: int, stride: int) -> float:
@@ -174,7 +175,7 @@ def test_the_command_prints_and_writes(bundled_artifact: Path, engine: Engine, t
     assert (result["context"], result["stride"], result["batch"], result["model"]) == (64, 16, 1, "austen-target")
     assert f"perplexity {score.perplexity:.4f} a token, {score.bits_per_byte:.4f} bits a byte" in done.stdout
     assert "window" in done.stderr and len(done.stderr.splitlines()) <= 10
-    piped = perplexity(bundled_artifact, "-", "--stride", 16, "--context", 64, "--limit-tokens", 150, stdin=EXCERPT)
+    piped = run_here("gpt2_tvm.perplexity", bundled_artifact, "-", *options[:6], stdin=EXCERPT.encode())
     assert piped.stdout.splitlines()[1] == done.stdout.splitlines()[1]
 
 
@@ -237,7 +238,7 @@ def test_texts_and_artifacts_that_will_not_do(bundled_artifact: Path, tiny_artif
     ]
     for arguments, said in wrong:
         assert said in refusal(*arguments)
-    done = perplexity(bundled_artifact, tmp_path / "none.txt")
+    done = run_here("gpt2_tvm.perplexity", bundled_artifact, tmp_path / "none.txt")
     assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("error: there is no file")
     assert len(done.stderr.splitlines()) == 1
 

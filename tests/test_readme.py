@@ -13,7 +13,7 @@ import quote_records
 from run_notebooks import MACHINE_PATH
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "artifacts" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "artifacts" / "README.md", ROOT / "docs" / "ARCHITECTURE.md")
 README = PAGES[0].read_text(encoding="utf-8")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -79,6 +79,17 @@ def test_every_file_named_is_there(page: Path) -> None:
     roots = "gpt2_tvm|targets|tuning|tests|scripts|notebooks|docs"
     named = re.findall(rf"`((?:{roots})/[\w./-]*)`", text) + re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_package_has_its_place_in_the_architecture() -> None:
+    text = PAGES[2].read_text(encoding="utf-8")
+    packages = [
+        file.parent.relative_to(ROOT)
+        for top in ("gpt2_tvm", "targets", "tuning")
+        for file in (ROOT / top).rglob("__init__.py")
+    ]
+    missing = [str(p) for p in packages if len(p.parts) <= 2 and f"`{p.as_posix()}/`" not in text]
+    assert len(packages) > 20 and missing == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name + "/" + page.name)

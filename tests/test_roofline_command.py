@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run_here
 
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.measure.results import ROW_KEYS
@@ -171,7 +172,7 @@ def test_the_figure_is_written_and_nothing_overlaps(made: tuple[str, dict[str, A
 
 def test_without_a_count_the_parts_are_drawn(tmp_path: Path) -> None:
     sizes = ("--batch", "2,100", "--seq", "64", "--no-count", "--format", "json", "--figure", tmp_path / "r.svg")
-    done = roofline("--model", "gpt2", "--device", "h200", "--weights", "int8", *sizes)
+    done = run_here(COMMAND[-1], "--model", "gpt2", "--device", "h200", "--weights", "int8", *sizes)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert not report["module"]["counted"] and report["module"]["why_not"] == "--no-count"
@@ -182,7 +183,7 @@ def test_without_a_count_the_parts_are_drawn(tmp_path: Path) -> None:
 
 
 def test_dtypes_that_no_scheme_has_are_told(tiny_model: Path) -> None:
-    done = roofline("--model", tiny_model, "--device", "t4", "--seq", 16, "--cache", "int8")
+    done = run_here(COMMAND[-1], "--model", tiny_model, "--device", "t4", "--seq", 16, "--cache", "int8")
     assert done.returncode == 0, done.stderr
     assert (
         "Not counted: no scheme of this version computes with weights float16, activations float16, cache int8"
@@ -192,7 +193,8 @@ def test_dtypes_that_no_scheme_has_are_told(tiny_model: Path) -> None:
 
 def test_materialized_attention_and_a_large_batch(tiny_model: Path) -> None:
     sizes = ("--attention", "materialized", "--batch", "3,65", "--seq", "16", "--format", "json")
-    done = roofline("--model", tiny_model, "--device", "webgpu", "--bandwidth-gb-s", 10, "--tflops", 1, *sizes)
+    device = ("--device", "webgpu", "--bandwidth-gb-s", 10, "--tflops", 1)
+    done = run_here(COMMAND[-1], "--model", tiny_model, *device, *sizes)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["module"]["unexplained"] == 0 and report["module"]["cases"] == 5
@@ -200,9 +202,33 @@ def test_materialized_attention_and_a_large_batch(tiny_model: Path) -> None:
     assert report["speculation"] is None and report["textbook_differs"] == []
 
 
+def test_a_scheme_by_name_with_a_table_of_floats(tiny_model: Path, tmp_path: Path) -> None:
+    """Its dtypes, its bytes, and the measured rows that are of it."""
+    rows = [benchmark_row(model="tiny", quantization=name) for name in ("q8f16-float-head", "q8f16")]
+    (tmp_path / "b.json").write_text(json.dumps({"rows": rows}))
+    common = ("--model", tiny_model, "--device", "t4", "--seq", 16, "--no-count", "--measured", tmp_path / "b.json")
+    told = run_here(COMMAND[-1], *common, "--quantization", "q8f16-float-head")
+    assert told.returncode == 0, told.stderr
+    assert "b.json: tiny q8f16 left out, this is tiny q8f16-float-head" in told.stderr
+    assert "weights int8, activations float16, cache float16, accumulation float32, head float16" in told.stdout
+    figure = ("--format", "json", "--figure", tmp_path / "f.svg")
+    whole, floats = (
+        json.loads(run_here(COMMAND[-1], *common, "--quantization", name, *figure).stdout)
+        for name in ("q8f16", "q8f16-float-head")
+    )
+    assert whole["float_tables"] == [] and floats["float_tables"] == ["head"]
+    assert len(floats["measured"]) == len(whole["measured"]) == 2
+    more = floats["weights"]["bytes_a_step"] - whole["weights"]["bytes_a_step"]
+    assert more == 97 * 32 * 2 - (97 * 32 + 4 * 97)  # float16 in place of int8 with a scale a row
+    assert "float head" in (tmp_path / "f.svg").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("--quantization", "q8f32", "--dtype", "float16"), "--quantization names every dtype; leave out --dtype"),
+        (("--quantization", "q9", "--device", "t4"), "unknown quantization 'q9'"),
+        (("--quantization", "q16f32", "--device", "t4"), "--quantization q16f32 is for CPU targets"),
         (("--model", "gpt2", "--seq", "2000", "--device", "t4"), "--seq 2000: gpt2 has positions for 1024 tokens"),
         (("--batch", "0", "--device", "t4"), "--batch '0'"),
         (("--device", "t5"), "no target is called 't5'"),

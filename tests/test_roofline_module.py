@@ -50,7 +50,8 @@ def counted(name: str, target: str, scheme: str, attention: str) -> tuple[Plan, 
 def model_of(plan: Plan) -> Model:
     compute = plan.scheme.compute_dtype
     dtypes = Dtypes(plan.scheme.weight_dtype, compute, compute, "float32")
-    return Model(plan.config, dtypes, plan.attention, fast_math=plan.target.kind == "cpu")
+    fast, tables = plan.target.kind == "cpu", plan.scheme.float_tables
+    return Model(plan.config, dtypes, plan.attention, fast_math=fast, float_tables=tables)
 
 
 def compare(name: str, target: str, scheme: str, attention: str) -> int:
@@ -97,6 +98,27 @@ def test_other_kinds_of_gpu(target: str) -> None:
 @pytest.mark.parametrize("scheme", [s for s in ("q16f32", "q8f32") if s in SCHEMES])
 def test_weights_stored_smaller(scheme: str) -> None:
     compare("untied-one-head-gelu", "x86-64-v3", scheme, "flash")
+
+
+@pytest.mark.parametrize("options", ["embedding", "head", "embedding-float-head"])
+@pytest.mark.parametrize(
+    ("name", "target", "scheme"), [("plain", "x86-64-v3", "q8f32"), ("untied-one-head-gelu", "x86-64-v3", "q8f32")]
+)
+def test_tables_that_stay_floats(name: str, target: str, scheme: str, options: str) -> None:
+    compare(name, target, f"{scheme}-float-{options}", "flash")
+
+
+def test_a_wrong_table_shows() -> None:
+    """Each option moves the bytes of its own part, in a tied model those of both."""
+    for name, option, moved in (
+        ("untied-one-head-gelu", "embedding", {"embedding"}),
+        ("untied-one-head-gelu", "head", {"head"}),
+        ("plain", "head", {"embedding", "head"}),
+    ):
+        plan, _ = counted(name, "x86-64-v3", f"q8f32-float-{option}", "flash")
+        right = model_of(plan)
+        wrong = replace(right, float_tables=()).parts()
+        assert {part for part, work in right.parts().items() if work.bytes != wrong[part].bytes} == moved
 
 
 def test_a_wrong_closed_form_shows() -> None:

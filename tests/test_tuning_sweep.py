@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import run_here
 from planted_candidates import Planted, Vanishing, time_of
 from test_tuning_records import HEADER
 from test_tuning_space import workload
@@ -197,7 +198,7 @@ def test_bad_choices_are_one_line() -> None:
         (("--target", "webgpu", "--tracker", "127.0.0.1:1"), "belong together"),
         (("--target", "webgpu", "--tracker", "127.0.0.1:1", "--key", "k"), "no RPC tracker answers"),
     ]:
-        done = command("tuning.sweep", "--model", "bundled", *arguments)
+        done = run_here("tuning.sweep", "--model", "bundled", *arguments)
         assert done.returncode != 0 and word in done.stderr, (arguments, done.stderr)
         assert "Traceback" not in done.stderr
         assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1

@@ -17,7 +17,8 @@ from wgsl_harness import device, source
 from gpt2_tvm import Engine, compile_model
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.host_code import split_launches
-from gpt2_tvm.runners.wgpu_device import Device, parse_wgsl
+from gpt2_tvm.runners.wgpu_device import Device
+from gpt2_tvm.runners.wgsl import parse_wgsl
 from gpt2_tvm.schedules.webgpu_variants import VARIANTS, variant_functions
 from gpt2_tvm.schedules.webgpu_windows import ALIGNMENT, windows_of, with_windows
 from gpt2_tvm.toolchains.web_needs import shared_bytes

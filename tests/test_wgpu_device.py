@@ -14,7 +14,8 @@ from tvm.tirx import PrimFunc
 
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.runners import wgpu_device
-from gpt2_tvm.runners.wgpu_device import Device, Shader, fold_grid, parse_wgsl
+from gpt2_tvm.runners.wgpu_device import Device
+from gpt2_tvm.runners.wgsl import Shader, fold_grid, parse_wgsl
 
 
 def number_blocks(blocks: int, room: int) -> PrimFunc:

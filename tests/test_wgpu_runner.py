@@ -28,7 +28,7 @@ Make = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def make(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+def make(tiny_model: Path, no_page: None, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """The tiny model for webgpu, in any quantization and attention; skips where the machine has no WebGPU device."""
     folder = tmp_path_factory.mktemp("webgpu")
 
@@ -231,7 +231,7 @@ def test_softmax_with_temperature(make: Make) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("quantization", ["q0f32", "q0f16"])
-def test_the_bundled_model_agrees_with_transformers(quantization: str, tmp_path: Path) -> None:
+def test_the_bundled_model_agrees_with_transformers(quantization: str, no_page: None, tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="needs pip install 'gpt2-tvm[reference]'")
     device(f16=quantization == "q0f16")
     from reference import Reference

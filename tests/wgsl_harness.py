@@ -22,7 +22,8 @@ from tvm.tirx.build import split_host_device_mods
 
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.host_code import host_launches
-from gpt2_tvm.runners.wgpu_device import Device, Shader, parse_wgsl
+from gpt2_tvm.runners.wgpu_device import Device
+from gpt2_tvm.runners.wgsl import Shader, parse_wgsl
 from gpt2_tvm.schedules.webgpu_pipeline import tir_pipeline
 
 WEBGPU = "webgpu"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -336,12 +337,8 @@ def _show(
     from tuning.ablation_figure import draw
     from tuning.ablation_tables import render
 
-    sys.stdout.write(render(result, format_, pair))  # first: a disk that is full now must not cost the figures
-    sys.stdout.flush()
-    if file is not None:
-        cli.write_json(file, result)
-    if figure is not None:
-        draw(result, figure)
+    drawing = partial(draw, result, figure) if figure is not None else None
+    cli.conclude(render(result, format_, pair), result, file, drawing)
 
 
 def _static(plan: _Plan, job: Job, timeout: float, format_: str) -> None:

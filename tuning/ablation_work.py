@@ -237,7 +237,7 @@ class Subject:
         self._prompt: Any = None
         if self._engine.artifact.kind == "webgpu" and job.device not in WEB:  # a page has compiled them all by now
             from gpt2_tvm.runners.wgpu import KERNELS
-            from gpt2_tvm.runners.wgpu_device import parse_wgsl
+            from gpt2_tvm.runners.wgsl import parse_wgsl
 
             runner: Any = self._engine.runner
             for name, shader in parse_wgsl((Path(folder) / KERNELS).read_text(encoding="utf-8")).items():

@@ -59,7 +59,7 @@ class WgpuRunner:
     """
 
     def __init__(self, artifact: Artifact, device: str | None = None) -> None:
-        from gpt2_tvm.runners.wgpu_device import parse_wgsl
+        from gpt2_tvm.runners.wgsl import parse_wgsl
 
         listed = _read_list(artifact.path / KERNEL_LIST)
         self._functions = listed["functions"]
@@ -78,7 +78,7 @@ class WgpuRunner:
 
     def _choose_variants(self, folder: Path, variants: Sequence[Mapping[str, Any]]) -> None:
         """Take the versions of kernels that are for an adapter like this one."""
-        from gpt2_tvm.runners.wgpu_device import parse_wgsl
+        from gpt2_tvm.runners.wgsl import parse_wgsl
 
         for variant in variants:
             if not all(self._device.meets(name) for name in variant["requires"]):

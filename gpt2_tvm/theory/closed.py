@@ -20,7 +20,7 @@ from fractions import Fraction
 
 from gpt2_tvm.config import GPT2Config
 from gpt2_tvm.errors import UserError
-from gpt2_tvm.theory.dtypes import SCALED, Dtypes
+from gpt2_tvm.theory.dtypes import SCALED, TABLES, Dtypes
 from gpt2_tvm.theory.form import B, Form, N, Number, P, S, rows_of_table
 
 PARTS = ("embedding", "MHA", "MLP", "head")
@@ -73,6 +73,8 @@ class Model:
             naive forward pass does not.
         last_row: logits of the last row of each sequence alone, as prefill makes them; else of every row.
         fast_math: activations in arithmetic of ours (CPUs), not by the target's intrinsics.
+        float_tables: those of `dtypes.TABLES` that are not quantised with the other weights. A tied model has one
+            table for both, which either keeps.
     """
 
     config: GPT2Config
@@ -81,8 +83,11 @@ class Model:
     cached: bool = True
     last_row: bool = False
     fast_math: bool = False
+    float_tables: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if unknown := set(self.float_tables) - set(TABLES):
+            raise UserError(f"no table is called {', '.join(sorted(unknown))}; those are {' and '.join(TABLES)}")
         if self.config.pruned:
             raise UserError("the closed forms are of whole models; python -m gpt2_tvm.compare predicts pruned ones")
 
@@ -100,10 +105,10 @@ class Model:
 
     def embedding(self) -> Work:
         """The token's row plus the position's; a table is read once at the most."""
-        c, a = self.config, self._a
-        tables = rows_of_table(self.dtypes.matrix_bytes(c.vocab_size, c.n_embd), self.dtypes.row_bytes(c.n_embd))
+        c, a, dtypes = self.config, self._a, self.of_table("embedding")
+        tables = rows_of_table(dtypes.matrix_bytes(c.vocab_size, c.n_embd), dtypes.row_bytes(c.n_embd))
         tables = tables + rows_of_table(a * c.n_positions * c.n_embd, a * c.n_embd)
-        dequantise = int(self.dtypes.weights in SCALED)
+        dequantise = int(dtypes.weights in SCALED)
         return Work((1 + dequantise) * c.n_embd * (B * N), tables + (INT + a * c.n_embd) * (B * N) + INT * B)
 
     def mha(self) -> Work:
@@ -121,10 +126,10 @@ class Model:
     def head(self) -> Work:
         """The last LayerNorm and the product with the token table (or the head's own)."""
         E, V = self.config.n_embd, self.config.vocab_size
-        rows = B if self.last_row else B * N
+        rows, dtypes = B if self.last_row else B * N, self.of_table("head")
         product = Work(
-            (2 * E + self.dtypes.scales_an_output(E)) * V * rows,
-            (self._a * E + self._f * V) * rows + self.dtypes.matrix_bytes(V, E),
+            (2 * E + dtypes.scales_an_output(E)) * V * rows,
+            (self._a * E + self._f * V) * rows + dtypes.matrix_bytes(V, E),
         )
         taken = Work(Form(), (2 * self._a * E + INT) * B) if self.last_row else Work(Form(), Form())
         return taken + self.norm(rows) + product
@@ -145,6 +150,11 @@ class Model:
     def activation_flops(self) -> int:
         """Operations of the activation function, an element."""
         return ACTIVATION_FLOPS[self.config.activation_function][self.fast_math]
+
+    def of_table(self, role: str) -> Dtypes:
+        """The dtypes around the matrix that is the "embedding", or the "head"."""
+        roles = set(TABLES) if self.config.tie_word_embeddings else {role}
+        return self.dtypes.as_floats if roles & set(self.float_tables) else self.dtypes
 
     def weight_bytes(self) -> Fraction:
         """What one decode step reads whatever the batch and the context: every weight except the two tables' rows."""

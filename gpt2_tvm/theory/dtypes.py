@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 
 from gpt2_tvm.errors import UserError
@@ -10,6 +10,7 @@ from gpt2_tvm.errors import UserError
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float8": 8, "int8": 8, "int4": 4}
 SCALED = ("int8", "int4")
 INT4_GROUP = 32  # weights that share a scale, as in mlc-llm's q4f16_1
+TABLES = ("embedding", "head")  # matrices that may stay floats, as in `quantization.TABLES`
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Dtypes:
 
     Attributes:
         weights: of the linear layers and of the token table. int8 carries a float32 scale for each row of the matrix,
-            int4 a float16 scale for each `INT4_GROUP` weights of a row.
+            int4 one in the dtype of the activations for each `INT4_GROUP` weights of a row.
         activations: what passes between kernels; also biases, LayerNorm's weights and the position table.
         cache: keys and values.
         accumulation: sums, hence the logits and, where attention writes them to memory, its scores.
@@ -42,7 +43,8 @@ class Dtypes:
 
     def matrix_bytes(self, rows: int, columns: int) -> Fraction:
         """Bytes of a weight matrix [rows, columns], its scales included."""
-        scales = {"int8": 4 * rows, "int4": 2 * rows * -(-columns // INT4_GROUP)}.get(self.weights, 0)
+        groups = rows * -(-columns // INT4_GROUP)
+        scales = {"int8": 4 * rows, "int4": self.size("activations") * groups}.get(self.weights, 0)
         return self.size("weights") * rows * columns + scales
 
     def scales_an_output(self, columns: int) -> int:
@@ -52,6 +54,11 @@ class Dtypes:
     def row_bytes(self, columns: int) -> Fraction:
         """Bytes of one row of such a matrix."""
         return self.matrix_bytes(1, columns)
+
+    @property
+    def as_floats(self) -> Dtypes:
+        """The same where a matrix is not quantised: stored in the dtype of the arithmetic."""
+        return replace(self, weights=self.activations)
 
     @property
     def arithmetic(self) -> str:

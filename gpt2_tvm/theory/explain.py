@@ -50,20 +50,24 @@ def _padding(model: Model, panel: int, static_rows: int | None) -> list[tuple[st
     if not panel or static_rows == 1:
         return []
     c = model.config
-    E, inner, item = c.n_embd, c.n_inner, model.dtypes.size("weights")
+    E, inner = c.n_embd, c.n_inner
     matrices = {
         "MHA": [(3 * E, E, c.n_layer), (E, E, c.n_layer)],
         "MLP": [(inner, E, c.n_layer), (E, inner, c.n_layer)],
         "head": [(c.vocab_size, E, 1)],
     }
-    sums = {part: sum(item * (-rows % panel) * k * times for rows, k, times in of) for part, of in matrices.items()}
+    items = {part: model.of_table("head") if part == "head" else model.dtypes for part in matrices}
+    sums = {
+        part: items[part].size("weights") * sum((-rows % panel) * k * times for rows, k, times in of)
+        for part, of in matrices.items()
+    }
     why = f"weights lie in panels of {panel} rows; the last one of a matrix is filled up"
     return [(part, Reason(why, Fraction(0), Fraction(extra))) for part, extra in sums.items() if extra]
 
 
 def _padded_table(model: Model, panel: int, rows: int) -> Reason:
     """The token table's limit is its padded size, which matters where more rows are read than it has."""
-    V, E, item = model.config.vocab_size, model.config.n_embd, model.dtypes.size("weights")
+    V, E, item = model.config.vocab_size, model.config.n_embd, model.of_table("embedding").size("weights")
     padded = V + (-V % panel if panel else 0)
     extra = item * E * (min(padded, rows) - min(V, rows))
     return Reason("the token table, read whole, is padded to whole panels", Fraction(0), extra)
@@ -72,7 +76,8 @@ def _padded_table(model: Model, panel: int, rows: int) -> Reason:
 def _repeated_scale(model: Model, rows: int) -> Reason:
     """A token's int8 row has one scale, which the module's count takes once for each element that reads it."""
     V, E = model.config.vocab_size, model.config.n_embd
-    extra = 4 * (min(V, rows * E) - min(V, rows)) if model.dtypes.weights == "int8" else 0
+    scaled = model.of_table("embedding").weights == "int8"
+    extra = 4 * (min(V, rows * E) - min(V, rows)) if scaled else 0
     return Reason("a token's scale counts for each element of its row", Fraction(0), Fraction(extra))
 
 

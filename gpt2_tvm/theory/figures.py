@@ -106,7 +106,8 @@ def _headings(figure: Any, report: Json, labels: dict[str, int], legend: float) 
     figure.text(
         0.8 / width,
         1 - 0.55 / height,
-        f"weights {dtypes['weights']}, activations {dtypes['activations']}, cache {dtypes['cache']}; "
+        f"weights {', '.join([dtypes['weights'], *(f'float {table}' for table in report['float_tables'])])}, "
+        f"activations {dtypes['activations']}, cache {dtypes['cache']}; "
         f"{report['attention']} attention; each function stands at its bound, on the roof",
         fontsize=9.5,
         color="#444444",

@@ -67,6 +67,7 @@ def make_report(question: Question, drafting: Drafting | None, points: Sequence[
         "parameters": q.model.config.num_parameters(),
         "device": {**asdict(q.machine), "ridge_flop_per_byte": q.machine.ridge},
         "dtypes": asdict(q.model.dtypes),
+        "float_tables": list(q.model.float_tables),
         "attention": q.model.attention,
         "weights": _weights(q),
         "cache": _cache(q),

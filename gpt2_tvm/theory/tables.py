@@ -49,6 +49,8 @@ def render(report: Json) -> str:
 def _head(r: Json) -> str:
     device, cache, weights = r["device"], r["cache"], r["weights"]
     dtypes = ", ".join(f"{kind} {name}" for kind, name in r["dtypes"].items())
+    if r["float_tables"]:
+        dtypes += f", {' and '.join(r['float_tables'])} {r['dtypes']['activations']}"
     return (
         f"# {r['model']} on {device['description']}\n\n"
         f"{number(device['bandwidth_gb_s'])} GB/s, {number(device['tflops'])} TFLOP/s ({device['source']}): below "

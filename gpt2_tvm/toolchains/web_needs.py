@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_tvm.expressions import evaluate
-from gpt2_tvm.runners.wgpu_device import Shader, parse_wgsl
+from gpt2_tvm.runners.wgsl import Shader, parse_wgsl
 from gpt2_tvm.tensor_cache import INDEX
 
 SHARED = re.compile(r"var<workgroup>\s*\w+\s*:\s*array<(\w+(?:<\w+>)?),\s*(\d+)>")

@@ -5,6 +5,7 @@
 | `numerics.py` | inputs, the expected result in numpy float64, and the comparison |
 | `sampling.py` | repeat until the spread is small or the budget ends |
 | `scheduling.py` | a workload's function at a point |
+| `loading.py` | a workload's arrays on a device, with copies of its weight |
 | `webgpu.py` | through wgpu: WGSL, timestamps |
 | `compiled.py` | through TVM's runtime, in this process or over RPC: time_evaluator |
 | `static.py` | no device: what the compiled kernel takes, and a model of its time |

@@ -22,7 +22,7 @@ from gpt2_tvm.toolchains import web
 from tuning.candidates.numerics import compare, dtype_of, make_example
 from tuning.candidates.page import Page, leave, page_facts
 from tuning.candidates.sampling import Budget, collect
-from tuning.candidates.scheduling import Task, parameters, schedule
+from tuning.candidates.scheduling import Task, empty_kernel, parameters, schedule
 from tuning.children import Failure, one_line
 from tuning.sweeping import LOST
 
@@ -88,7 +88,7 @@ class BrowserCandidates:
 
     def _introduce(self) -> dict[str, Any]:
         """What the records' header says of the device, with the time of an empty launch."""
-        module = self._compile(_empty_kernel())
+        module = self._compile(empty_kernel())
         try:
             with self._session(module) as (session, kernel):
                 told = page_facts(session)
@@ -142,17 +142,3 @@ def _tensor(array: np.ndarray, device: Any) -> Any:
 
 def _microseconds(evaluator: Any, tensors: list[Any]) -> list[float]:
     return [seconds * 1e6 for seconds in evaluator(*tensors).results]
-
-
-def _empty_kernel() -> Any:
-    """A kernel that stores one number."""
-    from tvm import te
-    from tvm.s_tir import Schedule
-
-    one = te.placeholder((1,), "float32", "one")
-    sch = Schedule(te.create_prim_func([one, te.compute((1,), lambda i: one[i] + 1.0, "two")]))
-    (loop,) = sch.get_loops(sch.get_sblock("two"))
-    block, thread = sch.split(loop, [1, 1])
-    sch.bind(block, "blockIdx.x")
-    sch.bind(thread, "threadIdx.x")
-    return sch.mod["main"]

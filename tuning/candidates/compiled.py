@@ -6,29 +6,20 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gpt2_tvm.schedules.gemv_config import GemvConfig
-from tuning.candidates.numerics import Example, compare, dtype_of, make_example
+from tuning.candidates.loading import Workloads
+from tuning.candidates.numerics import compare
 from tuning.candidates.sampling import Budget, collect
-from tuning.candidates.scheduling import Task, parameters, schedule
+from tuning.candidates.scheduling import Task, empty_kernel, schedule
 
 # Copies of a weight that are read in turn: more bytes than a GPU's last-level cache (H200: 50 MB, RTX 4090: 72 MB).
 COLD_BYTES = 256 << 20
 MAX_COPIES = 128
-
-
-@dataclass
-class _Loaded:
-    func: Any
-    example: Example
-    inputs: list[Any]
-    weights: list[Any]
-    output: Any
 
 
 class CompiledCandidates:
@@ -61,7 +52,7 @@ class CompiledCandidates:
             from tuning.children import Failure
 
             raise Failure("run-error", f"TVM's runtime finds no {self.target.kind} device here")
-        self.loaded: dict[str, _Loaded] = {}
+        self.workloads = Workloads(tasks, self._tensor, announce, COLD_BYTES, MAX_COPIES)
         self.built: dict[tuple[str, GemvConfig], Any] = {}
         self.facts = {
             "device": str(self.device.device_name or self.target.name),
@@ -82,12 +73,10 @@ class CompiledCandidates:
     def run(self, name: str, config: GemvConfig, best_us: float | None = None) -> dict[str, Any]:
         """Check a built point's numbers, then time it. Returns time_us, time_us_sd, samples, error."""
         module = self.built.pop((name, config))
-        loaded = self._load(name)
-        x, *rest = loaded.inputs
-        calls = [[x, weight, *rest, loaded.output] for weight in loaded.weights]
-        shape, dtype = loaded.example.expected.shape, dtype_of(loaded.example.output_dtype)
+        loaded = self.workloads[name]
+        calls = loaded.calls()
         self.announce("check")
-        loaded.output.copyfrom(np.full(shape, np.nan, dtype))
+        loaded.output.copyfrom(loaded.unwritten())
         module["kernel"](*calls[0])
         error = compare(loaded.output.numpy(), loaded.example)
         self.announce("time")
@@ -110,40 +99,12 @@ class CompiledCandidates:
                 library = Path(folder, toolchains.export(executable, self.target, Path(folder))[0])
                 return self.session.load(self.session.upload(library, f"{name}{library.stat().st_size}"))
 
-    def _load(self, name: str) -> _Loaded:
-        if name not in self.loaded:
-            self.announce("load inputs")
-            task = self.tasks[name]
-            func = task.load()
-            shapes, dtypes = parameters(func)
-            example = make_example(task.workload, shapes, dtypes)
-            copies = max(1, min(MAX_COPIES, -(-COLD_BYTES // task.workload.weight_bytes)))
-            x, weight, *rest = example.arrays
-            self.loaded.clear()  # one workload at a time
-            self.loaded[name] = _Loaded(
-                func,
-                example,
-                [self._tensor(a) for a in (x, *rest)],
-                [self._tensor(weight) for _ in range(copies)],
-                self._tensor(np.zeros(shapes[-1], dtype_of(dtypes[-1]))),
-            )
-        return self.loaded[name]
-
     def _tensor(self, array: np.ndarray) -> Any:
         return self.tvm.runtime.tensor(array, self.device)
 
     def _floor(self) -> float:
         """Microseconds of a kernel that stores one number: the median of many."""
-        from tvm import te
-        from tvm.s_tir import Schedule
-
-        one = te.placeholder((1,), "float32", "one")
-        sch = Schedule(te.create_prim_func([one, te.compute((1,), lambda i: one[i] + 1.0, "two")]))
-        (loop,) = sch.get_loops(sch.get_sblock("two"))
-        block, thread = sch.split(loop, [1, 1])
-        sch.bind(block, "blockIdx.x")
-        sch.bind(thread, "threadIdx.x")
-        module = self._compile({"kernel": sch.mod["main"].with_attr("global_symbol", "kernel")}, "floor")
+        module = self._compile({"kernel": empty_kernel()}, "floor")
         arguments = [self._tensor(np.zeros(1, np.float32)) for _ in range(2)]
         evaluator = module.time_evaluator("kernel", self.device, number=1, repeat=1)
         return statistics.median(evaluator(*arguments).mean * 1e6 for _ in range(64))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from gpt2_tvm.schedules.gemv_config import GemvConfig
-from tuning.candidates.numerics import Example, compare, dtype_of, make_example
+from tuning.candidates.loading import Workloads
+from tuning.candidates.numerics import compare, dtype_of
 from tuning.candidates.sampling import Budget, collect
-from tuning.candidates.scheduling import Task, parameters, schedule
+from tuning.candidates.scheduling import Task, schedule
 
 # Copies of a weight that are read in turn, so that none is found in a cache: bytes in all, and how many at most.
 COLD_BYTES = 96 << 20
@@ -25,17 +23,6 @@ struct PODArgs { packGridDimX: u32 }
 @compute @workgroup_size(1, 1, 1)
 fn floor_kernel() { if (podArgs.packGridDimX == 0u) { data[0] = 0.0; } }
 """
-
-
-@dataclass
-class _Loaded:
-    """A workload on the device: its inputs, one output, and more copies of the weight than the caches hold."""
-
-    func: Any
-    example: Example
-    inputs: list[Any]
-    weights: list[Any]
-    output: Any
 
 
 class WebgpuCandidates:
@@ -51,7 +38,7 @@ class WebgpuCandidates:
         self.announce, self.tasks, self.budget = announce, tasks, budget or Budget()
         self.device = Device()
         self.tvm_target = specialise(load_target(target)).tvm_target()
-        self.loaded: dict[str, _Loaded] = {}
+        self.workloads = Workloads(tasks, self.device.upload, announce, COLD_BYTES, MAX_COPIES)
         self.built: dict[tuple[str, GemvConfig], tuple[list[Any], list[Any]]] = {}
         self.facts = {
             "device": self.device.name,
@@ -65,11 +52,11 @@ class WebgpuCandidates:
         import tvm
 
         from gpt2_tvm.host_code import split_launches
-        from gpt2_tvm.runners.wgpu_device import parse_wgsl
+        from gpt2_tvm.runners.wgsl import parse_wgsl
 
         begin = time.perf_counter()
         self.announce("schedule")
-        func = schedule(self._load(name).func, config, self.tvm_target)
+        func = schedule(self.workloads[name].func, config, self.tvm_target)
         self.announce("build WGSL")
         launches, devices = split_launches({tvm.ir.GlobalVar("kernel"): func}, self.tvm_target)
         build = tvm.get_global_func("target.build.webgpu")
@@ -84,11 +71,10 @@ class WebgpuCandidates:
     def run(self, name: str, config: GemvConfig, best_us: float | None = None) -> dict[str, Any]:
         """Check a built point's numbers, then time it. Returns time_us, time_us_sd, samples, error."""
         pipelines, launches = self.built.pop((name, config))
-        loaded = self._load(name)
+        loaded = self.workloads[name]
         scratch: dict[int, Any] = {}
         calls = []
-        for weight in loaded.weights:
-            arguments = [loaded.inputs[0], weight, *loaded.inputs[1:], loaded.output]
+        for arguments in loaded.calls():
             call = []
             for pipeline, launch in zip(pipelines, launches, strict=True):
                 bound = []
@@ -105,10 +91,10 @@ class WebgpuCandidates:
                 call.append(self.device.launch(pipeline, bound, scalars, grid))
             calls.append(call)
         self.announce("check")
-        shape, dtype = loaded.example.expected.shape, dtype_of(loaded.example.output_dtype)
-        self.device.write(loaded.output, np.full(shape, np.nan, dtype))
+        unwritten = loaded.unwritten()
+        self.device.write(loaded.output, unwritten)
         self.device.submit(calls[0])
-        error = compare(self.device.read(loaded.output, shape, dtype), loaded.example)
+        error = compare(self.device.read(loaded.output, unwritten.shape, unwritten.dtype), loaded.example)
         self.announce("time")
         take = self._timestamps(calls) if self.device.has_timestamps else self._wall(calls)
         return {**collect(take, self.budget, best_us), "error": error}
@@ -133,28 +119,9 @@ class WebgpuCandidates:
 
         return take
 
-    def _load(self, name: str) -> _Loaded:
-        if name not in self.loaded:
-            self.announce("load inputs")
-            task = self.tasks[name]
-            func = task.load()
-            shapes, dtypes = parameters(func)
-            example = make_example(task.workload, shapes, dtypes)
-            copies = max(1, min(MAX_COPIES, -(-COLD_BYTES // task.workload.weight_bytes)))
-            x, weight, *rest = example.arrays
-            self.loaded.clear()  # one workload at a time: copies of a large weight fill a small GPU
-            self.loaded[name] = _Loaded(
-                func,
-                example,
-                [self.device.upload(a) for a in (x, *rest)],
-                [self.device.upload(weight) for _ in range(copies)],
-                self.device.upload(np.zeros(shapes[-1], dtype_of(dtypes[-1]))),
-            )
-        return self.loaded[name]
-
     def _floor(self) -> float | None:
         """Microseconds of a kernel that does nothing: the median of many."""
-        from gpt2_tvm.runners.wgpu_device import parse_wgsl
+        from gpt2_tvm.runners.wgsl import parse_wgsl
 
         if not self.device.has_timestamps:
             return None

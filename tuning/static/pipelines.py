@@ -37,7 +37,8 @@ def refused(source: str, timeout_s: float = TIMEOUT_S) -> dict[str, str]:
 
 def _compile(announce: Announce, source: str, skip: tuple[str, ...]) -> dict[str, str]:
     """In the child: make every pipeline but those in `skip`; returns what was refused."""
-    from gpt2_tvm.runners.wgpu_device import Device, parse_wgsl
+    from gpt2_tvm.runners.wgpu_device import Device
+    from gpt2_tvm.runners.wgsl import parse_wgsl
 
     announce("opening the device")
     device: Any = Device()

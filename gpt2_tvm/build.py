@@ -137,6 +137,7 @@ def weight_layout(target: DeviceTarget) -> Any:
 def export_module(plan: Plan) -> tuple[Any, list[str]]:
     """The model as a Relax module, and the names of its parameters in the order of the packed tuple."""
     from gpt2_tvm.attention import AttentionKernels, CpuKernels, MaterializedAttention
+    from gpt2_tvm.exported import export_spec
     from gpt2_tvm.model import GPT2LMHeadModel, ModelOptions
 
     kernels: AttentionKernels
@@ -153,7 +154,7 @@ def export_module(plan: Plan) -> tuple[Any, list[str]]:
         options = ModelOptions(plan.scheme, weight_layout(plan.target), kernels, plan.max_seq_len, plan.streams)
         model = GPT2LMHeadModel(plan.config, options)
         mod, params, _ = model.export_tvm(
-            spec=model.export_spec(plan.batch_sizes, plan.verify_widths), allow_extern=True
+            spec=export_spec(model, plan.batch_sizes, plan.verify_widths), allow_extern=True
         )
     return mod, [name for name, _ in params]
 

@@ -119,7 +119,9 @@ def make_plan(
     widths = tuple(sorted({m for m in verify_widths if m <= capacity}))
     chosen = rule_set(rules, target)
     if PERSISTENT in chosen and (interface == MLC or attention != "flash"):
-        raise UserError(f"rule {PERSISTENT!r} has attention and cache of its own; leave out --interface and --attention")
+        raise UserError(
+            f"rule {PERSISTENT!r} has attention and cache of its own; leave out --interface and --attention"
+        )
     plan = Plan(
         config,
         target,
@@ -163,7 +165,9 @@ def export_module(plan: Plan) -> tuple[Any, list[str]]:
             kernels = GpuKernels.for_target(plan.target)
         if plan.attention == "materialized":
             kernels = MaterializedAttention(kernels)
-        options = ModelOptions(plan.scheme, weight_layout(plan.target), kernels, plan.max_seq_len, plan.streams, plan.step)
+        options = ModelOptions(
+            plan.scheme, weight_layout(plan.target), kernels, plan.max_seq_len, plan.streams, plan.step
+        )
         model = GPT2LMHeadModel(plan.config, options)
         mod, params, _ = model.export_tvm(
             spec=model.export_spec(plan.batch_sizes, plan.verify_widths), allow_extern=True

@@ -190,7 +190,7 @@ def _called(statement: str) -> str:
         return f"{given[0]} = *({given[1]});"
     if re.match(r"ld\.global\.cg\.v4\.[fu]32 ", text):
         loads = (f"std::memcpy(&{to}, (const char *)({given[4]}) + {4 * i}, 4);" for i, to in enumerate(given[:4]))
-        return f"if ((uintptr_t)({given[4]}) % 16) emulated::fail(\"a wide load is not aligned\"); {' '.join(loads)}"
+        return f'if ((uintptr_t)({given[4]}) % 16) emulated::fail("a wide load is not aligned"); {" ".join(loads)}'
     if text == "prefetch.global.L2 [%0];":
         return f"(void)*(const volatile char *)({given[0]});"
     raise AssertionError(f"assembly that the emulator does not know: {text}")

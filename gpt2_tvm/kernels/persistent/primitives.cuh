@@ -97,9 +97,11 @@ template <int WIDTH = LANES> __device__ __forceinline__ float warp_sum(float val
 __device__ unsigned arrivals;
 constexpr unsigned TURN = 0x80000000u;
 
-// Only sound where all blocks are resident: the launch is a cooperative one, which CUDA refuses otherwise.
+// Only sound where all blocks are resident: the launch is a cooperative one, which CUDA refuses otherwise. A thread of
+// the last warp goes to it for its block: that warp has the fewest rows, and a release may wait for its loads.
+constexpr int MESSENGER = (WARPS - 1) * LANES;
 struct Barrier {
-  unsigned before;  // bit 31 as it stands until all have arrived; of the first thread alone
+  unsigned before;  // bit 31 as it stands until all have arrived; of the messenger alone
 
   __device__ __forceinline__ static unsigned now() {
     unsigned value;
@@ -110,13 +112,13 @@ struct Barrier {
   // What this block wrote is for the others to see. It may go on with what needs nothing of them.
   __device__ __forceinline__ void arrive() {
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == MESSENGER) {
       const unsigned one = blockIdx.x == 0 ? TURN - (GRID - 1) : 1u;
       asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(&arrivals), "r"(one) : "memory");
     }
   }
   __device__ __forceinline__ void wait() {
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == MESSENGER) {
       while (now() == before) GPT2_STEP_SPIN;
       before ^= TURN;
     }

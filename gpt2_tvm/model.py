@@ -24,6 +24,7 @@ from tvm.relax.frontend.nn import Tensor, op
 
 from gpt2_tvm.attention import AttentionKernels, Rows
 from gpt2_tvm.config import GPT2Config
+from gpt2_tvm.kernels.persistent.shape import StepShape
 from gpt2_tvm.kernels.spec import AttentionSpec
 from gpt2_tvm.quantization import Scheme
 from gpt2_tvm.quantization.layers import Linear, Matrix, WeightLayout
@@ -33,13 +34,14 @@ from gpt2_tvm.streams import StreamPlan
 @dataclass(frozen=True)
 class ModelOptions:
     """What the target and the user decide about a model: storage, layout, kernels, and the capacity of its cache in
-    tokens."""
+    tokens. step: decode one sequence by one kernel (`kernels.persistent`)."""
 
     scheme: Scheme
     layout: WeightLayout
     kernels: AttentionKernels
     capacity: int
     streams: StreamPlan | None = None
+    step: StepShape | None = None
 
 
 class LayerNorm(nn.Module):
@@ -226,6 +228,10 @@ class GPT2LMHeadModel(nn.Module):
 
     def decode(self, ids: Tensor, positions: Tensor, lengths: Tensor, caches: list[Tensor]) -> Tensor:
         """[B, 1], one new token a sequence -> logits [B, 1, V]. Static shapes throughout."""
+        if self.options.step is not None and int(ids.shape[0]) == 1:
+            from gpt2_tvm.kernels.persistent.call import decode
+
+            return decode(self.options.step, ids, positions, lengths, dict(self.named_parameters()), caches)
         return self.logits(self.transformer(ids, caches, Rows(positions, lengths)))
 
     def greedy(

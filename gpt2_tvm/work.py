@@ -229,6 +229,26 @@ def _attention_append(params: list[_Buffer]) -> Work:
     return combine("+", nbytes, written), flops
 
 
+def _persistent(params: list[_Buffer]) -> Work:
+    """The products and the attention of one row, as `_attention` counts it, and 8 operations an element for each
+    LayerNorm. Every weight and bias once (of the position table a row), keys and values of p slots, the new ones
+    written, the logits; what lies between two phases stays in the cache of the device."""
+    matrices = [p for p in params if len(p.shape) == 2 and p.dtype != "int32"]
+    vectors = [p for p in params if len(p.shape) == 1 and p.dtype != "int32"][:-1]  # the last is scratch
+    caches = [p for p in params if len(p.shape) == 5]
+    logits, E = params[-2], int(matrices[0].shape[1])
+    of_layers = 4 * len(caches)
+    tokens, places, *head = matrices[of_layers:]
+    products = [*matrices[:of_layers], *(head or [tokens])]
+    flops: Text = sum(2 * int(m.shape[0]) * int(m.shape[1]) for m in products) + 8 * E * (2 * len(caches) + 1)
+    nbytes: Text = sum(int(p.bytes) for p in (*products, *vectors, logits)) + places.item * E * (2 if head else 1)
+    for cache in caches:
+        heads, size = int(cache.shape[2]), int(cache.shape[4])
+        flops = combine("+", flops, _all("*", heads * (4 * size + 5), combine("+", "p", 1)))
+        nbytes = combine("+", nbytes, _all("*", 2 * cache.item * heads * size, combine("+", "p", 2)))
+    return nbytes, flops
+
+
 def _combine(params: list[_Buffer]) -> Work:
     """Per split: D multiply-adds, and maximum, subtract, exp, multiply, add for its sum; then a division an element."""
     parts, out = params[0], params[-1]
@@ -345,6 +365,7 @@ OURS: dict[str, Callable[[list[_Buffer]], Work]] = {
     "decode_attention": _attention,
     "decode_attention_append": _attention_append,
     "tree_attention_append": _attention_append,
+    "persistent_step": _persistent,
     "tree_attention_combine": _combine,
     "decode_attention_combine": _combine,
     "kv_append": _append,

@@ -101,6 +101,8 @@ def why_not(rule: str, work: Work) -> str:
             return NO_PRODUCT
         if work.prologue:
             return "it reduces before the product, and every block would have to do that again for all of its rows"
+    elif rule == "persistent":
+        return "the rule takes no function: with it the model calls one that is a whole step, scheduled as it comes"
     elif rule in ("cpu-matmul", "cpu-gemv"):
         if not (work.product and work.packed):
             return "it is not a product with a weight in panels"

@@ -248,7 +248,7 @@ def read_backs(engines: tuple[Engine, Engine]) -> tuple[pytest.MonkeyPatch, Coun
 @pytest.mark.parametrize("m", [1, 3, 7, 9, "adaptive"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_what_the_host_drafts_is_checked_on_the_device(engines: tuple[Engine, Engine], m: object, batch: int) -> None:
-    """Lookup: as many read-backs as steps, each of a few integers, unless a draft is wider than any check."""
+    """Lookup: as many read-backs as steps; a draft that is wider than any check goes through verify, in pieces."""
     given, accepted = [*prompts(batch - 1, 17), [1, 2, 3, 4] * 5], 0
     expected = greedy(engines, given, 60)
     made = Decoding(make_strategy("lookup", engines[0], length=str(m)), given, 60)
@@ -261,9 +261,9 @@ def test_what_the_host_drafts_is_checked_on_the_device(engines: tuple[Engine, En
     patch.undo()
     accepted = sum(row.accepted for row in made.rows)
     assert [row.tokens for row in made.rows] == expected and (accepted > 0 or m == "adaptive")
-    assert counted["verify"] == 0 or m == 9
+    assert (counted["verify"] > 0) == (m == 9)
     ties = max(row.steps for row in made.rows) - taken
-    assert taken <= counted["target"] - before <= taken + max(0, ties) + 2
+    assert m == 9 or taken <= counted["target"] - before <= taken + max(0, ties) + 2
 
 
 @pytest.mark.parametrize("m", [1, 5])
@@ -491,5 +491,6 @@ def test_webgpu_checks_lookups_with_one_submission_and_one_read_back_a_step(on_w
 
 def test_webgpus_kernels_take_no_more_buffers_than_a_browser_grants(on_webgpu: tuple[Engine, Engine]) -> None:
     shaders = on_webgpu[0].runner._shaders  # type: ignore[attr-defined]
-    ours = {name: len(s.bindings) for name, s in shaders.items() if "accept" in name or "near_ties" in name}
-    assert ours and max(ours.values()) <= 8
+    own = ("accept_draft", "near_ties", "draft_scores", "accept_drawn", "own_scores", "finish_drawn")
+    ours = {name: len(s.bindings) for name, s in shaders.items() if any(part in name for part in own)}
+    assert len(ours) >= len(own) and max(ours.values()) <= 8

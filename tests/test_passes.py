@@ -105,7 +105,9 @@ def launches(low: Any, plan: Any, name: str) -> int:
     return sum(times * len(host[function]) for function, times in count.items())
 
 
-@pytest.mark.parametrize("target", GPUS)
+@pytest.mark.parametrize(
+    "target", ["cuda", "webgpu", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("metal", "rocm"))]
+)
 def test_launches_of_a_step(target: str) -> None:
     """A layer: LayerNorm with c_attn, attention with the append, c_proj with what merges the splits, LayerNorm with
     c_fc, mlp.c_proj. A step: embedding, LayerNorm with the head, argmax."""
@@ -219,8 +221,14 @@ def same(model: Path, target: str, quantization: str, sets: list[str], tmp_path:
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max(), err_msg=passes)
 
 
-def test_cpu_results_are_those_of_every_set(odd_model: Path, tmp_path: Path) -> None:
-    same(odd_model, "cpu", "q8f32", ["none", "only-norm-residual", "without-linear-residual"], tmp_path, 1e-5)
+def test_cpu_results_without_any_pass_are_those_with_all(odd_model: Path, tmp_path: Path) -> None:
+    same(odd_model, "cpu", "q8f32", ["none"], tmp_path, 1e-5)
+
+
+@pytest.mark.heavy
+def test_cpu_results_where_the_residual_is_added_alone(odd_model: Path, tmp_path: Path) -> None:
+    """By norm-residual, once without and once with the other passes."""
+    same(odd_model, "cpu", "q8f32", ["only-norm-residual", "without-linear-residual"], tmp_path, 1e-5)
 
 
 def single(target: str, quantization: str, *forms: str) -> list[str]:

@@ -41,28 +41,24 @@ class Paged:
     label = "paged"
 
     def __init__(self, engine: PagedEngine, prompt: Sequence[int]) -> None:
-        self.engine, self.prompt = engine, prompt
+        from gpt2_tvm.mlc.lockstep import Lockstep
+
+        self.engine, self.prompt = Lockstep(engine), prompt
 
     def turn(self, case: Case) -> Sample:
         from gpt2_tvm.measure.cases import Sample
 
-        engine, ids = self.engine, self.prompt[: case.prompt_tokens]
+        engine = self.engine
+        ids = np.tile(np.asarray(self.prompt[: case.prompt_tokens], np.int32), (case.batch, 1))
         engine.reset()
-        engine.add(0)
-        engine.prefill({0: ids[:1]})  # untimed: threads wake up
+        engine.prefill(ids[:, :1])  # untimed: threads wake up
         engine.reset()
-        for sequence in range(case.batch):
-            engine.add(sequence)
         start = time.perf_counter()
-        best = engine.prefill(dict.fromkeys(range(case.batch), ids)).argmax(1)
+        engine.prefill(ids)
         middle = time.perf_counter()
-        tokens = [best]
-        for _ in range(case.generate_tokens - 1):
-            best = engine.decode(dict(enumerate(best.tolist()))).argmax(1)
-            tokens.append(best)
-        engine.decode(dict(enumerate(best.tolist())))  # as many steps as tokens
+        made = engine.decode_greedy(case.generate_tokens)
         end = time.perf_counter()
-        return Sample(middle - start, end - middle, tuple(map(tuple, np.stack(tokens, 1).tolist())))
+        return Sample(middle - start, end - middle, tuple(map(tuple, made.tolist())))
 
 
 class Contiguous:
@@ -192,6 +188,12 @@ def main(
         for row in made["results"]
     ]
     typer.echo(markdown_table(HEADINGS, rows, left=1), nl=False)
+    others = made["other_load_cores"]
+    typer.echo(
+        f"\n{made['model']} {made['quantization']}, medians ± standard deviation of {repeats} rounds, "
+        f"{made['threads']} threads of {made['device']}, {made['date']}"
+        + ("." if others is None else f"; other programs kept {others:.1f} cores busy.")
+    )
     if json_file:
         write_json(json_file, made)
 

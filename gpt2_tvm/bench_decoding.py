@@ -160,6 +160,7 @@ def _measure(
 
     from gpt2_tvm.build import versions
     from gpt2_tvm.datasets import load
+    from gpt2_tvm.decoding.cached import add_cache_gain
     from gpt2_tvm.decoding.measuring import Bench, Journal
     from gpt2_tvm.decoding.prompts import make_units
     from gpt2_tvm.decoding.report import make_rows
@@ -204,6 +205,9 @@ def _measure(
     if others is not None and others > BUSY_CORES:
         notes.append(f"other programs kept {others:.1f} cores busy meanwhile: measure again on a quiet machine")
     first = next(iter(engines.values()))
+    rows = make_rows(journal.turns, subjects, units, {p: e.artifact for p, e in (engines | drafts).items()}, baseline)
+    if any(subject.strategy == "naive" for subject in subjects):
+        notes += add_cache_gain(rows, {str(p): e.artifact for p, e in engines.items()}, first.threads)
     return {
         "device": first.runner.device_name,
         "threads": first.threads,
@@ -213,9 +217,7 @@ def _measure(
         "other_cores": others,
         "notes": notes,
         "versions": versions(),
-        "rows": make_rows(
-            journal.turns, subjects, units, {p: e.artifact for p, e in (engines | drafts).items()}, baseline
-        ),
+        "rows": rows,
     }
 
 

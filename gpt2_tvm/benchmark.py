@@ -32,7 +32,10 @@ def main(
     warmup: Annotated[int, typer.Option(help="Rounds before them that do not.")] = 1,
     peer: Annotated[
         str | None,
-        typer.Option(help="Also time the same weights in another program, in the same rounds: transformers."),
+        typer.Option(
+            help="Also time the same weights in other programs, in the same rounds, a comma list: transformers, "
+            "mlc_llm."
+        ),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help='"cuda:1", say; default: the first of the artifact\'s kind.')

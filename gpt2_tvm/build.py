@@ -18,6 +18,8 @@ from gpt2_tvm.checkpoint import BUNDLED_NAMES, ModelSource, resolve_model
 from gpt2_tvm.data import bundled_streams
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.files import replacing_folder, require_room
+from gpt2_tvm.kernels.persistent.shape import RULE as PERSISTENT
+from gpt2_tvm.kernels.persistent.shape import StepShape, step_shape
 from gpt2_tvm.mlc.names import mlc_name
 from gpt2_tvm.passes.registry import pass_set
 from gpt2_tvm.quantization import Scheme, scheme_for
@@ -70,6 +72,13 @@ class Plan:
     interface: str = OWN
     prefill_chunk: int = 0  # of MLC's interface
 
+    @property
+    def step(self) -> StepShape | None:
+        """What the step of one sequence is as one kernel, where the rule of that name is among the rules."""
+        if PERSISTENT not in self.rules:
+            return None
+        return step_shape(self.config, self.scheme, self.target, self.max_seq_len, self.batch_sizes)
+
 
 def make_plan(
     config: GPT2Config,
@@ -109,7 +118,11 @@ def make_plan(
         raise UserError(f"--prefill-chunk {prefill_chunk}: give 1 or more tokens, and --interface mlc")
     widths = tuple(sorted({m for m in verify_widths if m <= capacity}))
     chosen = rule_set(rules, target)
-    return Plan(
+    if PERSISTENT in chosen and (interface == MLC or attention != "flash"):
+        raise UserError(
+            f"rule {PERSISTENT!r} has attention and cache of its own; leave out --interface and --attention"
+        )
+    plan = Plan(
         config,
         target,
         scheme,
@@ -124,6 +137,8 @@ def make_plan(
         interface=interface,
         prefill_chunk=min(prefill_chunk or PREFILL_CHUNK, capacity) if interface == MLC else 0,
     )
+    _ = plan.step  # refuses what it is not made for
+    return plan
 
 
 def weight_layout(target: DeviceTarget) -> Any:
@@ -137,6 +152,7 @@ def weight_layout(target: DeviceTarget) -> Any:
 def export_module(plan: Plan) -> tuple[Any, list[str]]:
     """The model as a Relax module, and the names of its parameters in the order of the packed tuple."""
     from gpt2_tvm.attention import AttentionKernels, CpuKernels, MaterializedAttention
+    from gpt2_tvm.exported import export_spec
     from gpt2_tvm.model import GPT2LMHeadModel, ModelOptions
 
     kernels: AttentionKernels
@@ -150,10 +166,12 @@ def export_module(plan: Plan) -> tuple[Any, list[str]]:
             kernels = GpuKernels.for_target(plan.target)
         if plan.attention == "materialized":
             kernels = MaterializedAttention(kernels)
-        options = ModelOptions(plan.scheme, weight_layout(plan.target), kernels, plan.max_seq_len, plan.streams)
+        options = ModelOptions(
+            plan.scheme, weight_layout(plan.target), kernels, plan.max_seq_len, plan.streams, plan.step
+        )
         model = GPT2LMHeadModel(plan.config, options)
         mod, params, _ = model.export_tvm(
-            spec=model.export_spec(plan.batch_sizes, plan.verify_widths), allow_extern=True
+            spec=export_spec(model, plan.batch_sizes, plan.verify_widths), allow_extern=True
         )
     return mod, [name for name, _ in params]
 

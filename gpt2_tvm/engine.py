@@ -197,27 +197,13 @@ class Engine:
         streams: float32 [batch, G, vocab], what comes 2, 3, … tokens after the last token that stood. The branch that
         stood greedily is appended, and the positions move past it (take some back with `rewind`).
         """
-        plan = self.artifact.streams
-        if plan is None:
-            raise UserError(f"{self.artifact.path} was compiled without streams; compile with --streams FOLDER")
-        rows, width = self._rows(ids), int(plan["rows"])
-        if max(len(r) for r in rows) > width:
-            raise UserError(f"a tree of {max(len(r) for r in rows)} tokens, but this artifact's streams take {width}")
-        tree = np.full((self.batch, width), -1, np.int32)
-        for b, above in enumerate(parents):
-            tree[b, : len(above)] = above
-        padded, lengths = self._pad(rows, width)
-        inputs = [
-            self._int("candidates", padded),
-            self._int("parents", np.pad(tree, ((0, self._slots - self.batch), (0, 0)))),
-        ]
-        inputs += [*self._branches(width, tree), *self._where(lengths), self._caches]
-        out = self.runner.call(f"stream_b{self._slots}", inputs)
-        logits, streams, counts, kept = (self.runner.download(out[i])[: self.batch] for i in range(4))
-        self.positions = self.positions + counts
-        self._next, self._tree = None, None
-        if plan["kept"] == plan["rows"]:
-            kept = np.broadcast_to(np.arange(width, dtype=np.int32), kept.shape)
+        from gpt2_tvm.streams.running import TreePass
+
+        tree_pass, rows = TreePass(self), self._rows(ids)
+        if max(len(r) for r in rows) > tree_pass.width:
+            longest = max(len(r) for r in rows)
+            raise UserError(f"a tree of {longest} tokens, but this artifact's streams take {tree_pass.width}")
+        logits, kept, streams = tree_pass.look(rows, parents)
         return logits, kept, streams
 
     def keep(self, path: Paths) -> None:
@@ -287,10 +273,12 @@ class Engine:
     def rewind(self, positions: int | Sequence[int] | np.ndarray) -> None:
         """Forget all but the first `positions` tokens of each sequence (one number, or one a sequence). Costs
         nothing."""
-        wanted = np.broadcast_to(np.asarray(positions, np.int64), (self.batch,))
-        if (wanted < 0).any() or (wanted > self.positions).any():
-            raise UserError(f"rewind to {wanted.tolist()} is outside what is cached, {self.positions.tolist()} tokens")
-        self.positions = wanted.astype(np.int32)
+        single = isinstance(positions, (int, np.integer))
+        wanted = [int(positions)] * self.batch if single else [int(at) for at in positions]  # type: ignore[arg-type,union-attr]
+        cached = self.positions.tolist()
+        if len(wanted) != self.batch or any(not 0 <= at <= most for at, most in zip(wanted, cached, strict=False)):
+            raise UserError(f"rewind to {wanted} is outside what is cached, {cached} tokens")
+        self.positions = np.array(wanted, np.int32)
         self._next, self._tree = None, None
 
     def reset(self) -> None:

@@ -22,6 +22,9 @@ from gpt2_tvm.schedules.webgpu_pipeline import tir_pipeline
 
 # The fields of tvm_struct_get that the host code reads (TVMStructFieldKind in TVM's include/tvm/tirx/builtin.h).
 DATA, SHAPE, ARGUMENT_HANDLE, ELEMENT = 1, 2, 15, 17
+# Tags among a launch's parameters that say how it is made and stand for no value.
+COOPERATIVE = "tirx.use_cooperative_launch"
+MANNERS = (COOPERATIVE, "tirx.use_programtic_dependent_launch")
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,14 @@ class Scratch:
 @dataclass(frozen=True)
 class HostLaunch:
     """One launch. buffers: each an argument's index or a Scratch. scalars, grid: called with what stands for an
-    `Extent`.
+    `Extent`. cooperative: CUDA must have all blocks resident at once.
     """
 
     kernel: str
     buffers: tuple[int | Scratch, ...]
     scalars: tuple[Callable[[Callable[[Extent], Text]], Text], ...]
     grid: tuple[Callable[[Callable[[Extent], Text]], Text], ...]
+    cooperative: bool = False
 
 
 def host_launches(functions: dict[Any, tirx.PrimFunc], target: tvm.target.Target) -> dict[str, list[HostLaunch]]:
@@ -74,6 +78,12 @@ def split_launches(
         host, devices = split_host_device_mods(pipeline(module))
         kernels = {device: finish_device()(mod) for device, mod in devices.items()}
     return {var.name_hint: _Reader(var.name_hint, func).launches for var, func in host.functions_items()}, kernels
+
+
+def launch_values(call: Call) -> dict[str, Any]:
+    """The extents, and the bytes of dynamic shared memory, that a call_ffi_kernel ends with, by their tags."""
+    tags = [str(tag) for tag in call.attrs.launch_params if str(tag) not in MANNERS]
+    return dict(zip(tags, list(call.args)[len(call.args) - len(tags) :], strict=True))
 
 
 class _Reader:
@@ -112,10 +122,9 @@ class _Reader:
     def _call(self, call: Call) -> None:
         if not str(getattr(call.op, "name", "")).endswith("call_ffi_kernel"):
             return
-        tags = [str(tag) for tag in call.attrs.launch_params]
+        extents = launch_values(call)
         given = list(call.args[1:])
-        extents = dict(zip(tags, given[len(given) - len(tags) :], strict=True))
-        plain = given[: len(given) - len(tags)]
+        plain = given[: len(given) - len(extents)]
         pointers = [a for a in plain if self._is_pointer(a)]
         one = tirx.const(1, "int32")
         self.launches.append(
@@ -124,6 +133,7 @@ class _Reader:
                 buffers=tuple(self._buffer(p) for p in pointers),
                 scalars=tuple(self._expression(a) for a in plain[len(pointers) :]),
                 grid=tuple(self._expression(extents.get(f"blockIdx.{axis}", one)) for axis in "xyz"),
+                cooperative=COOPERATIVE in map(str, call.attrs.launch_params),
             )
         )
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gpt2_tvm.pipeline import Lowered
 
 AXES = "xyz"
+WRITTEN = ("ours", "persistent")  # what stands for rules of functions that come scheduled
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
 # A parameter's name as Relax has it: transformer_h_0_attn_c_attn_weight.
 PARAMETER = re.compile(r"^(?:transformer_)?(?:h_\d+_)?(?P<module>\w+?)_(?P<what>weight|bias)\d*$")
@@ -172,7 +173,7 @@ def _shared_memory(bodies: dict[str, tirx.PrimFunc], hits: list[Hit]) -> dict[st
     """
     rules = {hit.function: hit.rule for hit in hits}
     needing = {name: func for name, func in bodies.items() if _shared_bytes(func)}
-    compact = {name: func for name, func in needing.items() if rules[name] != "ours"}
+    compact = {name: func for name, func in needing.items() if rules[name] not in WRITTEN}
     if compact:
         passes = s_tir.transform
         module = tvm.transform.Sequential(

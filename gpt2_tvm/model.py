@@ -24,6 +24,7 @@ from tvm.relax.frontend.nn import Tensor, op
 
 from gpt2_tvm.attention import AttentionKernels, Rows
 from gpt2_tvm.config import GPT2Config
+from gpt2_tvm.kernels.persistent.shape import StepShape
 from gpt2_tvm.kernels.spec import AttentionSpec
 from gpt2_tvm.quantization import Scheme
 from gpt2_tvm.quantization.layers import Linear, Matrix, WeightLayout
@@ -33,13 +34,14 @@ from gpt2_tvm.streams import StreamPlan
 @dataclass(frozen=True)
 class ModelOptions:
     """What the target and the user decide about a model: storage, layout, kernels, and the capacity of its cache in
-    tokens."""
+    tokens. step: decode one sequence by one kernel (`kernels.persistent`)."""
 
     scheme: Scheme
     layout: WeightLayout
     kernels: AttentionKernels
     capacity: int
     streams: StreamPlan | None = None
+    step: StepShape | None = None
 
 
 class LayerNorm(nn.Module):
@@ -226,6 +228,10 @@ class GPT2LMHeadModel(nn.Module):
 
     def decode(self, ids: Tensor, positions: Tensor, lengths: Tensor, caches: list[Tensor]) -> Tensor:
         """[B, 1], one new token a sequence -> logits [B, 1, V]. Static shapes throughout."""
+        if self.options.step is not None and int(ids.shape[0]) == 1:
+            from gpt2_tvm.kernels.persistent.call import decode
+
+            return decode(self.options.step, ids, positions, lengths, dict(self.named_parameters()), caches)
         return self.logits(self.transformer(ids, caches, Rows(positions, lengths)))
 
     def greedy(
@@ -287,6 +293,47 @@ class GPT2LMHeadModel(nn.Module):
         best = best_of_rows(self.kernels, logits, lengths, tolerance)
         return accept(self.kernels, best, lengths, token, positions, drafting, history)
 
+    def propose(
+        self,
+        token: Tensor,
+        positions: Tensor,
+        history: Tensor,
+        lengths: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        drawn: Tensor,
+        caches: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """`greedy` with a draw at temperature [B], as a draft's: the shares it was drawn from are kept in `drawn`
+        [B, STORED, V] (`kernels.accept_drawn`)."""
+        from gpt2_tvm.speculation import propose
+
+        logits = self.decode(token, positions, lengths, caches)
+        shares = self.softmax_with_temperature(logits, temperature)  # [B, 1, V]
+        return propose(self.kernels, shares, token, positions, history, seeds, drawn)
+
+    def decide(
+        self,
+        history: Tensor,
+        token: Tensor,
+        positions: Tensor,
+        drafting: Tensor,
+        lengths: Tensor,
+        tree: Tensor,
+        depths: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        drawn: Tensor,
+        caches: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """`speculate` of what `propose` of a draft has drawn: what stands keeps the target's distribution."""
+        from gpt2_tvm.speculation import decide, drafted_rows
+
+        ids = drafted_rows(history, positions, int(tree.shape[1]))  # [B, m]
+        logits = self.logits(self.transformer(ids, caches, Rows(positions, lengths, tree, depths)))  # [B, m, V]
+        shares = self.softmax_with_temperature(logits, temperature)
+        return decide(self.kernels, shares, lengths, token, positions, drafting, history, seeds, drawn)
+
     def stream(
         self,
         ids: Tensor,
@@ -302,6 +349,21 @@ class GPT2LMHeadModel(nn.Module):
 
         return stream_step(self, ids, parents, tree, depths, positions, lengths, caches)
 
+    def look(
+        self,
+        ids: Tensor,
+        parents: Tensor,
+        tree: Tensor,
+        depths: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        caches: list[Tensor],
+    ) -> Any:
+        """`stream` with all logits in place of what they come to."""
+        from gpt2_tvm.streams.module import stream_step
+
+        return stream_step(self, ids, parents, tree, depths, positions, lengths, caches, look=True)
+
     def score(self, ids: Tensor, targets: Tensor, positions: Tensor, lengths: Tensor, caches: list[Tensor]) -> Tensor:
         """[b, n] ids and the ids that follow them -> log-probabilities [b, n] float32; the logits stay on the
         device."""
@@ -315,52 +377,5 @@ class GPT2LMHeadModel(nn.Module):
         return [self.kernels.keep(s, c, positions, path, lengths) for s, c in zip(specs, caches, strict=True)]
 
     def softmax_with_temperature(self, logits: Tensor, temperature: Tensor) -> Tensor:
-        """[b, 1, V] float32 and [b] float32 -> probabilities [b, 1, V]; temperature must be positive."""
+        """[b, n, V] float32 and [b] float32 -> probabilities [b, n, V]; temperature must be positive."""
         return op.softmax(op.divide(logits, op.reshape(temperature, [temperature.shape[0], 1, 1])), axis=-1)
-
-    def export_spec(self, batch_sizes: tuple[int, ...], verify_widths: tuple[int, ...]) -> nn.spec.ModuleSpec:
-        """The exported functions: symbolic b and n where the shape is the caller's, one static variant a batch size
-        elsewhere."""
-        i32, S, V = "int32", self.options.capacity, self.config.vocab_size
-        tensor = nn.spec.Tensor
-
-        def caches(b: Any) -> list[nn.spec.Tensor]:
-            D, dtype = self.config.head_dim, self.options.scheme.compute_dtype
-            return [tensor([2, b, self.config.heads(i), S, D], dtype) for i in range(self.config.n_layer)]
-
-        def method(name: str, **inputs: Any) -> nn.spec.MethodSpec:
-            mode = "none" if name in ("keep", "softmax_with_temperature") else "packed"
-            spec = {**inputs, "$": {"param_mode": mode, "effect_mode": "none"}}
-            return nn.spec.MethodSpec.from_raw(spec, getattr(self, name))
-
-        at = {"positions": tensor(["b"], i32), "lengths": tensor(["b"], i32), "caches": caches("b")}
-        ids = tensor(["b", "n"], i32)
-        methods = {
-            "prefill": method("prefill", ids=ids, **at),
-            "score": method("score", ids=ids, targets=ids, **at),
-            "softmax_with_temperature": method(
-                "softmax_with_temperature",
-                logits=tensor(["b", 1, V], "float32"),
-                temperature=tensor(["b"], "float32"),
-            ),
-        }
-        for B in batch_sizes:
-            at = {"positions": tensor([B], i32), "lengths": tensor([B], i32), "caches": caches(B)}
-            token = tensor([B, 1], i32)
-            methods[f"decode_b{B}"] = method("decode", ids=token, **at)
-            methods[f"greedy_b{B}"] = method("greedy", token=token, history=tensor([B, S], i32), **at)
-            if self.kernels.samples:
-                drawn = {"settings": tensor([B, 2], "float32"), "choice": tensor([B, 2], i32)}
-                methods[f"sample_b{B}"] = method("sample", token=token, history=tensor([B, S], i32), **drawn, **at)
-            if self.options.streams is not None:
-                rows = tensor([B, self.options.streams.rows], i32)
-                methods[f"stream_b{B}"] = method("stream", ids=rows, parents=rows, tree=rows, depths=rows, **at)
-            for m in verify_widths:
-                rows = tensor([B, m], i32)
-                methods[f"verify_b{B}_m{m}"] = method("verify", ids=rows, tree=rows, depths=rows, **at)
-                methods[f"keep_b{B}_m{m}"] = method("keep", path=rows, **at)
-                if self.kernels.speculates and m > 1:
-                    state = {"history": tensor([B, S], i32), "token": token, "positions": at["positions"]}
-                    state |= {"drafting": at["positions"], "lengths": at["lengths"], "tree": rows, "depths": rows}
-                    methods[f"speculate_b{B}_m{m}"] = method("speculate", **state, caches=at["caches"])
-        return nn.spec.ModuleSpec(self, list(methods), list(methods.values()))

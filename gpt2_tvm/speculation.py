@@ -1,5 +1,5 @@
-"""A round's end of greedy speculation inside the compiled model: the target checks what a draft has written into the
-text and accepts it, all on the device (`kernels.accept_draft`)."""
+"""Speculation inside the compiled model: the target checks what a draft has written into the text and accepts it, all
+on the device, greedily (`kernels.accept_draft`) or so that draws keep its distribution (`kernels.accept_drawn`)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tvm.relax.frontend.nn import Tensor, op
 
 from gpt2_tvm.attention import AttentionKernels
 from gpt2_tvm.kernels.accept_draft import TOLD, accept_draft, cpu_near_ties, gpu_near_ties
+from gpt2_tvm.kernels.accept_drawn import accept_drawn, draft_scores, finish_drawn, own_scores
 from gpt2_tvm.streams.tree import most_likely, on_gpu, plain
 
 
@@ -63,6 +64,73 @@ def accept(
         "accept_draft",
         [best, lengths, *moved],
         [2, 3, 4, 5, -1],
+        [*moved, Tensor.placeholder([b, m + TOLD], "int32")],
+    )
+    *moved, told = made
+    return (told, *moved)
+
+
+def _limits(kernels: AttentionKernels) -> Any:
+    return plain(kernels).limits if on_gpu(kernels) else None  # type: ignore[attr-defined]
+
+
+def propose(
+    kernels: AttentionKernels,
+    shares: Tensor,
+    token: Tensor,
+    positions: Tensor,
+    history: Tensor,
+    seeds: Tensor,
+    drawn: Tensor,
+) -> tuple[Tensor, ...]:
+    """A draft's draw from shares [B, 1, V] for the slot after positions -> token, positions and history as
+    `greedy_advance` leaves them, and drawn."""
+    b, vocab = int(shares.shape[0]), int(shares.shape[2])
+    flat = op.reshape(shares, [b, vocab])
+    made: Any = op.tensor_ir_inplace_op(
+        draft_scores(b, vocab, _limits(kernels)),
+        "draft_scores",
+        [flat, positions, seeds, drawn],
+        [3, -1],
+        [drawn, Tensor.placeholder([b, vocab], "float32")],
+    )
+    drawn, scores = made
+    return (*kernels.greedy_advance(scores, token, positions, history), drawn)
+
+
+def decide(
+    kernels: AttentionKernels,
+    shares: Tensor,
+    lengths: Tensor,
+    token: Tensor,
+    positions: Tensor,
+    drafting: Tensor,
+    history: Tensor,
+    seeds: Tensor,
+    drawn: Tensor,
+) -> tuple[Tensor, ...]:
+    """The target's shares [B, M, V] after each row and the draft's own -> told, token, positions, drafting, history."""
+    b, m, vocab = (int(s) for s in shares.shape)
+    capacity, gpu = int(history.shape[1]), on_gpu(kernels)
+    stood = op.tensor_ir_op(
+        accept_drawn(b, m, vocab, capacity, gpu),
+        "accept_drawn",
+        [shares, drawn, history, positions, lengths, seeds],
+        Tensor.placeholder([b, 2], "int32"),
+    )
+    scores = op.tensor_ir_op(
+        own_scores(b, m, vocab, _limits(kernels)),
+        "own_scores",
+        [shares, drawn, stood, positions, seeds],
+        Tensor.placeholder([b, vocab], "float32"),
+    )
+    best = most_likely(kernels, op.reshape(scores, [b, 1, vocab]), lengths)
+    moved = [token, positions, drafting, history]
+    made: Any = op.tensor_ir_inplace_op(
+        finish_drawn(b, m, capacity, gpu),
+        "finish_drawn",
+        [best, stood, lengths, *moved],
+        [3, 4, 5, 6, -1],
         [*moved, Tensor.placeholder([b, m + TOLD], "int32")],
     )
     *moved, told = made

@@ -229,6 +229,26 @@ def _attention_append(params: list[_Buffer]) -> Work:
     return combine("+", nbytes, written), flops
 
 
+def _persistent(params: list[_Buffer]) -> Work:
+    """The products and the attention of one row, as `_attention` counts it, and 8 operations an element for each
+    LayerNorm. Every weight and bias once (of the position table a row), keys and values of p slots, the new ones
+    written, the logits; what lies between two phases stays in the cache of the device."""
+    matrices = [p for p in params if len(p.shape) == 2 and p.dtype != "int32"]
+    vectors = [p for p in params if len(p.shape) == 1 and p.dtype != "int32"][:-1]  # the last is scratch
+    caches = [p for p in params if len(p.shape) == 5]
+    logits, E = params[-2], int(matrices[0].shape[1])
+    of_layers = 4 * len(caches)
+    tokens, places, *head = matrices[of_layers:]
+    products = [*matrices[:of_layers], *(head or [tokens])]
+    flops: Text = sum(2 * int(m.shape[0]) * int(m.shape[1]) for m in products) + 8 * E * (2 * len(caches) + 1)
+    nbytes: Text = sum(int(p.bytes) for p in (*products, *vectors, logits)) + places.item * E * (2 if head else 1)
+    for cache in caches:
+        heads, size = int(cache.shape[2]), int(cache.shape[4])
+        flops = combine("+", flops, _all("*", heads * (4 * size + 5), combine("+", "p", 1)))
+        nbytes = combine("+", nbytes, _all("*", 2 * cache.item * heads * size, combine("+", "p", 2)))
+    return nbytes, flops
+
+
 def _combine(params: list[_Buffer]) -> Work:
     """Per split: D multiply-adds, and maximum, subtract, exp, multiply, add for its sum; then a division an element."""
     parts, out = params[0], params[-1]
@@ -288,6 +308,50 @@ def _near_ties(params: list[_Buffer]) -> Work:
     return nbytes, _all("+", _all("*", 2, logits.elements), _all("*", 3, best.elements))
 
 
+def _choices(params: list[_Buffer]) -> Work:
+    """A comparison for each choice, a subtraction, an exponential and an addition a logit; the logits count as read
+    once: a row stays in the cache, or nearly so."""
+    logits, ids, logs = params[0], params[-2], params[-1]
+    each = combine("*", ids.shape[-1], logits.elements)
+    return _all("+", logits.bytes, ids.bytes, logs.bytes), _all("+", each, _all("*", 3, logits.elements))
+
+
+def _told(params: list[_Buffer]) -> Work:
+    """Integers alone, each once."""
+    return _all("+", *(p.bytes for p in params)), 0
+
+
+def _draft_scores(params: list[_Buffer]) -> Work:
+    """A token: six operations for the noise, a maximum, a logarithm and an addition. Of what is kept a row a sequence
+    is written, as large as the shares."""
+    shares, positions, seeds, _, scores = params
+    return _all("+", shares.bytes, shares.bytes, positions.bytes, seeds.bytes, scores.bytes), _all(
+        "*", 9, shares.elements
+    )
+
+
+def _own_scores(params: list[_Buffer]) -> Work:
+    """As `_draft_scores`, with a subtraction and a comparison more; of the shares and of the draft's a row is read."""
+    stood, positions, seeds, scores = params[-4:]
+    return _all("+", *(p.bytes for p in (scores, scores, scores, stood, positions, seeds))), _all(
+        "*", 11, scores.elements
+    )
+
+
+def _accept_drawn(params: list[_Buffer]) -> Work:
+    """At most a share of the target's and of the draft's, and an id, for each row but the first: as many as the answer
+    has bytes, or fewer."""
+    *_, positions, lengths, seeds, stood = params
+    return _all("+", positions.bytes, lengths.bytes, seeds.bytes, _all("*", 2, stood.bytes)), 0
+
+
+def _finish_drawn(params: list[_Buffer]) -> Work:
+    """Integers alone, as `_accept`."""
+    best, stood, lengths, token, positions, drafting, _, told = params
+    twice = combine("*", 2, _all("+", token.bytes, positions.bytes))
+    return _all("+", best.bytes, stood.bytes, lengths.bytes, drafting.bytes, told.bytes, told.bytes, twice), 0
+
+
 def _log_prob(params: list[_Buffer]) -> Work:
     """Maximum, subtract, exp and add a logit; then a logarithm and two subtractions a row."""
     logits, _, out = params
@@ -301,6 +365,7 @@ OURS: dict[str, Callable[[list[_Buffer]], Work]] = {
     "decode_attention": _attention,
     "decode_attention_append": _attention_append,
     "tree_attention_append": _attention_append,
+    "persistent_step": _persistent,
     "tree_attention_combine": _combine,
     "decode_attention_combine": _combine,
     "kv_append": _append,
@@ -310,5 +375,11 @@ OURS: dict[str, Callable[[list[_Buffer]], Work]] = {
     "accept_draft": _accept,
     "most_likely": _most_likely,
     "near_ties": _near_ties,
+    "choices": _choices,
+    "tell_host": _told,
+    "draft_scores": _draft_scores,
+    "accept_drawn": _accept_drawn,
+    "own_scores": _own_scores,
+    "finish_drawn": _finish_drawn,
     "log_prob": _log_prob,
 }

@@ -49,6 +49,8 @@ laboratory() {
     done
     record sweep-webgpu.md python -m tuning.heatmap artifacts/records/webgpu/bundled-gemv.jsonl --output artifacts/figures/sweep-webgpu
     for target in rtx-4090 h200; do
+        record "sweep-static-$target.md" python -m tuning.heatmap "artifacts/records/static/$target-gemv.jsonl" \
+            --output "artifacts/figures/sweep-static-$target"
         record "static-$target.md" python -m tuning.ablation --model gpt2 --target "$target" --quantization q0f16 --static
     done
 }

@@ -29,8 +29,7 @@ from gpt2_tvm.toolchains import callbacks, cuda
 HEADER = Path(__file__).parent / "cuda_on_cpu.h"
 NAME = "kernel"
 ASM = re.compile(r"(?:__asm__ __volatile__|asm volatile)\(")
-DYNAMIC = re.compile(r"extern __shared__ alignas\(\d+\) \w+ (\w+)\[\];")
-SHARED_BYTES = 232448  # what a block of an H100 may have
+DYNAMIC = re.compile(r"extern __shared__ (?:alignas|__align__)\(\d+\) \w+ (\w+)\[\];")
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def _entry(launch: HostLaunch) -> str:
     given += [f"scalars[{i}]" for i in range(len(launch.scalars))]
     return f"""
 extern "C" void run_{launch.kernel}(void **buffers, const int64_t *scalars, const int *dims, int order) {{
-  emulated::run_grid(dims, order, [=] {{ {launch.kernel}({", ".join(given)}); }});
+  emulated::run_grid(dims, order, {str(launch.cooperative).lower()}, [=] {{ {launch.kernel}({", ".join(given)}); }});
 }}"""
 
 
@@ -126,10 +125,10 @@ def translated(source: str) -> str:
 
     Raises AssertionError for assembly that the header knows nothing of.
     """
-    start = re.search(r"(?m)^(?:__forceinline__ __device__|extern \"C\" __global__)", source)
+    start = re.search(r"(?m)^(?:// gpt2_tvm|__forceinline__ __device__|extern \"C\" __global__)", source)
     assert start, "no kernel in this source"
     code = re.sub(r"(?m)^extern \"C\" __global__ [^;{]*;\n", "", source[start.start() :])  # declarations
-    code = DYNAMIC.sub(rf"static unsigned char \1[{SHARED_BYTES}] __attribute__((aligned(1024)));", code)
+    code = DYNAMIC.sub(r"unsigned char *\1 = emulated::dynamic();", code)
     code = code.replace("__shared__ alignas(64)", "alignas(64) static")
     code = code.replace("unsigned int addr = __cvta_generic_to_shared(", "const half *addr = (const half *)(")
     pieces, at = [], 0
@@ -181,4 +180,17 @@ def _called(statement: str) -> str:
         return "copies_committed();"
     if wait := re.search(r"cp\.async\.wait_group (\d+);", text):
         return f"copies_arrived({wait.group(1)});"
+    if text == "cp.async.cg.shared.global [%0], [%1], 16;":
+        return f"copy_async({given[0].removeprefix('shared_address')}, {given[1]}, 16);"
+    if text == "cp.async.wait_group %0;":
+        return f"copies_arrived({given[0]});"
+    if text == "red.release.gpu.global.add.u32 [%0], %1;":
+        return f"*({given[0]}) += {given[1]};"
+    if text in ("ld.acquire.gpu.global.u32 %0, [%1];", "ld.global.cg.f32 %0, [%1];"):
+        return f"{given[0]} = *({given[1]});"
+    if re.match(r"ld\.global\.cg\.v4\.[fu]32 ", text):
+        loads = (f"std::memcpy(&{to}, (const char *)({given[4]}) + {4 * i}, 4);" for i, to in enumerate(given[:4]))
+        return f'if ((uintptr_t)({given[4]}) % 16) emulated::fail("a wide load is not aligned"); {" ".join(loads)}'
+    if text == "prefetch.global.L2 [%0];":
+        return f"(void)*(const volatile char *)({given[0]});"
     raise AssertionError(f"assembly that the emulator does not know: {text}")

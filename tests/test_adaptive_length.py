@@ -13,9 +13,12 @@ from reference import checkpoint
 
 from gpt2_tvm import Engine, compile_model
 from gpt2_tvm.config import GPT2Config
-from gpt2_tvm.decoding.costs import START, Adaptive, Costs
+from gpt2_tvm.decoding.costs import Costs
+from gpt2_tvm.decoding.lengths import CREDIT_MOST, EARN, EARN_MOST, START, Adaptive
+from gpt2_tvm.decoding.lookup import Index
 from gpt2_tvm.decoding.planted import Plan
 from gpt2_tvm.decoding.registry import make_strategy
+from gpt2_tvm.decoding.samples import STALL
 from gpt2_tvm.decoding.strategy import Decoding
 from gpt2_tvm.theory.speculation import best, speedup_measured
 
@@ -39,6 +42,16 @@ class Meter:
 
     def perf_counter(self) -> float:
         return self.now
+
+    def slow(self, patch: pytest.MonkeyPatch, owner: Any, name: str, seconds: float) -> None:
+        """Every call of a function takes so long."""
+        original = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.now += seconds
+            return original(*arguments, **options)
+
+        patch.setattr(owner, name, call)
 
     def watch(self, patch: pytest.MonkeyPatch, engine: Engine, name: str, step: float) -> None:
         def counted(kind: str, rows: Any) -> None:
@@ -72,10 +85,12 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Engine]:
 
 @pytest.fixture
 def metered(engines: tuple[Engine, Engine]) -> Iterator[Any]:
-    """(rate, cost ratio, texts of how many tokens, batch) -> steps that greedy needs over what was spent; and the
-    meter."""
+    """(rate, cost ratio, texts of how many tokens, batch, what the host takes to accept) -> steps that greedy needs
+    over what was spent; and the meter."""
 
-    def run(rate: float, cost: float, lengths: list[int], batch: int = 1) -> tuple[float, Meter, Any]:
+    def run(
+        rate: float, cost: float, lengths: list[int], batch: int = 1, host: float = 0.0
+    ) -> tuple[float, Meter, Any]:
         target, draft = engines
         meter, spent = Meter(), 0.0
         greedy = make_strategy("greedy", target)
@@ -87,6 +102,7 @@ def metered(engines: tuple[Engine, Engine]) -> Iterator[Any]:
             patch.setattr("gpt2_tvm.decoding.speculative.time", meter)
             plan = Plan(rate, [], CONFIG.vocab_size, seed=3)
             strategy: Any = make_strategy("speculative", target, draft, "adaptive", plan=plan)
+            meter.slow(patch, strategy, "_accept", host)
             for prompt, n, text in zip(prompts, lengths, texts, strict=True):
                 plan.texts = text
                 decoding = Decoding(strategy, prompt, n)
@@ -115,6 +131,34 @@ def test_never_slower_than_greedy_by_more_than_a_twentieth(
 def test_a_batch_is_no_slower_either(metered: Any) -> None:
     for rate in (0.0, 0.3):
         assert metered(rate, 0.3, [64, 64], batch=3)[0] >= LEAST
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.6])
+@pytest.mark.parametrize("host", [0.3, 1.0])
+def test_what_the_host_does_for_a_round_counts_too(metered: Any, rate: float, host: float) -> None:
+    for lengths in ([64], [400], [48] * 8):
+        assert metered(rate, 0.1, lengths, host=host)[0] >= LEAST
+
+
+@pytest.mark.parametrize("look", [0.01, 0.1])
+def test_looking_for_what_is_not_there_costs_little(engines: tuple[Engine, Engine], look: float) -> None:
+    target, _ = engines
+    expected = Decoding(make_strategy("greedy", target), [[1, 2, 3]], 400).run()
+    meter = Meter()
+    with pytest.MonkeyPatch.context() as patch:
+        strategy: Any = make_strategy("lookup", target, length="adaptive")
+        meter.watch(patch, target, "target", 1.0)
+        patch.setattr("gpt2_tvm.decoding.speculative.time", meter)
+        patch.setattr(Index, "following", lambda self, count: [])
+        meter.slow(patch, strategy.draft, "propose", look)
+        decoding = Decoding(strategy, [[1, 2, 3]], 400)
+        tokens = iter(decoding)
+        next(tokens)
+        before = meter.now
+        for _ in tokens:
+            pass
+    assert decoding.rows[0].tokens == expected[0]
+    assert 399 / (meter.now - before) >= LEAST
 
 
 @pytest.mark.parametrize(("rate", "cost"), [(0.9, 0.05), (0.9, 0.2), (0.7, 0.1)])
@@ -169,17 +213,35 @@ def test_credit_is_spent_earned_and_limited() -> None:
     costs.checked(4, 1.5)
     costs.drafted(0.2, 1)
     costs.caught_up(0.1, 1)
-    assert costs.round(3) == pytest.approx(2.1) and costs.round(3, behind=10) == pytest.approx(3.1)
-    adaptive.spent(costs, 3, 0, 1.0)
-    assert adaptive.credit == pytest.approx(START - 1.1)
+    assert costs.round_s(3) == pytest.approx(2.1) and costs.round_s(3, behind=10) == pytest.approx(3.1)
+    adaptive.spent(costs, 2.3, 3, 0, 1.0)  # as the clock says, not as expected
+    assert adaptive.credit == pytest.approx(START - 1.3)
     assert adaptive.choose(0, costs, behind=30) == 0  # the credit is not enough
-    adaptive.spent(costs, 0, 0, 1.0)
-    assert START - 1.1 < adaptive.credit < START - 1.0
+    adaptive.plain(costs)
+    assert adaptive.credit == pytest.approx(START - 1.3 + EARN)
+    adaptive.plain(costs, beside=0.1)  # a look for a draft is charged, also where nothing is found
+    assert adaptive.credit == pytest.approx(START - 1.4 + 2 * EARN)
+    for _ in range(1000):
+        adaptive.plain(costs)
+    assert adaptive.credit == EARN_MOST
     for _ in range(100):
-        adaptive.spent(costs, 3, 0, 4.0)
-    assert adaptive.credit == 8.0
+        adaptive.spent(costs, 2.1, 3, 0, 4.0)
+    assert adaptive.credit == CREDIT_MOST
     adaptive.start(1)
     assert adaptive.choose(0, costs, behind=30) > 0
+
+
+def test_a_round_that_the_machine_held_up_is_not_the_drafts_fault() -> None:
+    costs, adaptive = Costs(lambda rows: 1 if rows <= 1 else 4), Adaptive(3)
+    adaptive.start(1)
+    for _ in range(5):
+        costs.checked(1, 1.0)
+        costs.checked(4, 1.5)
+        costs.drafted(0.0, 1)
+    costs.checked(1, 500.0)
+    assert costs.plain_s == pytest.approx((5 + STALL) / 6)
+    adaptive.spent(costs, 500.0, 3, 0, 2.0)
+    assert adaptive.credit == pytest.approx(START + 2 - 1.5 * STALL / costs.plain_s)
 
 
 def test_rows_that_were_never_computed_may_cost_as_much_more() -> None:
@@ -187,7 +249,7 @@ def test_rows_that_were_never_computed_may_cost_as_much_more() -> None:
     costs.checked(1, 1.0)
     costs.checked(2, 1.2)
     costs.drafted(0.1, 1)
-    assert costs.round(7) == pytest.approx(0.7 + 1.2)
+    assert costs.round_s(7) == pytest.approx(0.7 + 1.2)
     assert costs.risks(7)[7] == pytest.approx(0.7 + 1.2 * 4 - 1)
     assert costs.risks(1) == pytest.approx([0.0, 0.1 + 1.2 - 1])
 

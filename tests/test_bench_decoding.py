@@ -15,10 +15,13 @@ from gpt2_tvm import UserError
 from gpt2_tvm.artifact import open_artifact
 from gpt2_tvm.bench_decoding import app
 from gpt2_tvm.datasets import load
+from gpt2_tvm.decoding.cached import add_cache_gain, cache_gain, closed_form
 from gpt2_tvm.decoding.figures import make_figure
 from gpt2_tvm.decoding.prompts import make_units, spread
 from gpt2_tvm.decoding.report import make_rows, render
 from gpt2_tvm.decoding.subjects import Subject, expand
+from gpt2_tvm.theory.machine import Machine
+from gpt2_tvm.theory.predict import Case, step_seconds
 from gpt2_tvm.theory.speculation import expected_tokens
 
 SPIDER = [
@@ -163,6 +166,28 @@ def test_rows_hold_rates_acceptance_and_theory(tiny_artifact: Path) -> None:
     curve = points.lines[1]
     at = round(0.75 * (len(curve.get_xdata()) - 1))
     assert curve.get_ydata()[at] == pytest.approx(second["predicted_speedup"], abs=1e-3)
+
+
+def test_naive_stands_beside_the_roofline(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is exactly as fast as its rates say is predicted exactly, at those rates and at those reached."""
+    artifact = open_artifact(tiny_artifact)
+    model, machine = closed_form(artifact), Machine("", "", 3.0, 0.01, None, "")
+    prompt, tokens = 20, 11
+    lengths = range(prompt + 1, prompt + tokens)
+    greedy_s = sum(step_seconds(model, machine, Case("decode", 1, n)) for n in lengths)
+    row = {"artifact": str(tiny_artifact), "dataset": "text", "batch": 1, "prompts": 2, "prompt_tokens": 20.0}
+    row |= {"generated_tokens": 22, "model": "tiny", "target": "cpu", "speedup": 1.0, "strategy": "greedy"}
+    row["first_token_time_us"] = 1e6 * step_seconds(model, machine, Case("prefill", 1, prompt))
+    gain = cache_gain(model, machine, 1, prompt, tokens)
+    rows = [{**row, "tok_s": (tokens - 1) / greedy_s}, {**row, "strategy": "naive", "speedup": 1 / (1.2 * gain)}]
+    monkeypatch.setattr("gpt2_tvm.decoding.cached.peaks", lambda artifact, threads: machine)
+    (note,) = add_cache_gain(rows, {str(tiny_artifact): artifact}, 1)
+    assert "(+20%)" in note and gain > 2
+    assert rows[1]["predicted_speedup"] == pytest.approx(1 / gain, abs=1e-4)
+    assert rows[1]["measured_over_predicted"] == pytest.approx(1 / 1.2, abs=1e-3)
+    # the middle decode step stands for all of them, and the prompt's prefill for all naive ones
+    assert rows[1]["measured_over_reached"] == pytest.approx(1 / 1.2, rel=0.05)
+    assert "predicted_speedup_reached" not in rows[0]
 
 
 def test_adaptive_lengths_curve_is_the_best_of_all(tiny_artifact: Path) -> None:

@@ -94,7 +94,7 @@ def test_bytes_of_a_decode_step(tied: bool) -> None:
     weights = 4 * (3 * block + 2 * 8 + 50 * 8)  # the head once: the token table itself, or the untied one
     # steps at positions 10, 11, 12 and 13 read 11, 12, 13 and 14 tokens: keys and values, 3 layers, 2 sequences
     cache = 2 * (11 + 12 + 13 + 14) / 4 * 3 * 2 * 8 * 2
-    sizes = bounds.float32_param_bytes(config)
+    sizes = bounds.plain_param_bytes(config)
     assert bounds.decode_step_bytes(config, sizes, "float16", Case(2, 10, 4)) == weights + cache
 
 

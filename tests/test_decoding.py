@@ -12,9 +12,10 @@ from reference import checkpoint
 from gpt2_tvm import Engine, UserError, compile_model
 from gpt2_tvm.checkpoint import ModelSource
 from gpt2_tvm.config import GPT2Config
-from gpt2_tvm.decoding.costs import Adaptive, Costs, DraftLength, at_rows, draft_length
+from gpt2_tvm.decoding.costs import Costs, at_rows
 from gpt2_tvm.decoding.draft import Draft, ModelDraft, Proposal, check_pair
 from gpt2_tvm.decoding.early import is_early, truncate
+from gpt2_tvm.decoding.lengths import Adaptive, DraftLength, draft_length
 from gpt2_tvm.decoding.lookup import Index
 from gpt2_tvm.decoding.planted import Plan
 from gpt2_tvm.decoding.registry import NAMES, make_strategy

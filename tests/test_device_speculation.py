@@ -245,6 +245,27 @@ def read_backs(engines: tuple[Engine, Engine]) -> tuple[pytest.MonkeyPatch, Coun
     return patch, counted
 
 
+@pytest.mark.parametrize("m", [1, 3, 7, 9, "adaptive"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_the_host_drafts_is_checked_on_the_device(engines: tuple[Engine, Engine], m: object, batch: int) -> None:
+    """Lookup: as many read-backs as steps, each of a few integers, unless a draft is wider than any check."""
+    given, accepted = [*prompts(batch - 1, 17), [1, 2, 3, 4] * 5], 0
+    expected = greedy(engines, given, 60)
+    made = Decoding(make_strategy("lookup", engines[0], length=str(m)), given, 60)
+    patch, counted = read_backs(engines)
+    steps = iter(made)
+    next(steps)
+    patch.setattr(engines[0], "decode", counting(engines[0].decode, "decode", counted))
+    patch.setattr(engines[0], "verify", counting(engines[0].verify, "verify", counted))
+    before, taken = counted["target"], sum(1 for _ in steps)
+    patch.undo()
+    accepted = sum(row.accepted for row in made.rows)
+    assert [row.tokens for row in made.rows] == expected and (accepted > 0 or m == "adaptive")
+    assert counted["verify"] == 0 or m == 9
+    ties = max(row.steps for row in made.rows) - taken
+    assert taken <= counted["target"] - before <= taken + max(0, ties) + 2
+
+
 @pytest.mark.parametrize("m", [1, 5])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_one_read_back_a_round(engines: tuple[Engine, Engine], m: int, batch: int) -> None:
@@ -274,10 +295,10 @@ def test_which_pairs_can(engines: tuple[Engine, Engine], models: tuple[Path, Pat
         compile_model(str(models[1]), "cpu", output=tmp_path / "b", verify_widths=(), max_seq_len=32, **options)
     )
     assert not usable(target, short)
-    sampled = make_strategy("speculative", target, draft=draft, length="3", sampling=Sampling(1.0))
-    assert type(sampled) is Speculative and isinstance(sampled.draft, ModelDraft)
-    with pytest.raises(UserError, match="greedy text"):
-        DeviceSpeculative(target, draft, sampled.length, Sampling(1.0))
+    cut = make_strategy("speculative", target, draft=draft, length="3", sampling=Sampling(1.0, top_k=4))
+    assert type(cut) is Speculative and isinstance(cut.draft, ModelDraft)
+    with pytest.raises(UserError, match="whole vocabulary"):
+        DeviceSpeculative(target, draft, cut.length, Sampling(1.0, top_k=4))
 
 
 # ---- CUDA, without one
@@ -450,6 +471,22 @@ def test_webgpu_writes_greedys_text_with_one_submission_and_one_read_back_a_roun
         decided = max(row.steps for row in made.rows) - len(made.steps)  # near ties, if there were any
         assert counted["submit"] == counted["read"] == steps + max(0, decided) and not counted["wait"]
         assert made.strategy.rounds.read_backs > 0
+
+
+def test_webgpu_checks_lookups_with_one_submission_and_one_read_back_a_step(on_webgpu: tuple[Engine, Engine]) -> None:
+    given = [[1, 2, 3, 4, 1, 2, 3]]
+    expected = greedy(on_webgpu, given, 40)
+    made = Decoding(make_strategy("lookup", on_webgpu[0], length="3"), given, 40)
+    steps, counted = iter(made), Counter[str]()
+    next(steps)
+    gpu = on_webgpu[0].runner.device  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("submit", "read", "wait"):
+            patch.setattr(gpu, name, counting(getattr(gpu, name), name, counted))
+        taken = sum(1 for _ in steps)
+    assert [row.tokens for row in made.rows] == expected and made.rows[0].accepted > 0
+    decided = max(0, made.rows[0].steps - taken)  # near ties, if there were any
+    assert counted["submit"] == counted["read"] == taken + decided and not counted["wait"]
 
 
 def test_webgpus_kernels_take_no_more_buffers_than_a_browser_grants(on_webgpu: tuple[Engine, Engine]) -> None:

@@ -34,7 +34,7 @@ CONFIG = GPT2Config(vocab_size=97, n_positions=48, n_embd=64, n_layer=1, n_head=
 # The rules that `reasons` knows; of any other the line that said no has to be enough.
 IN_WORDS = {
     *("matmul", "gemv", "reduction", "general-reduction", "cpu-matmul", "cpu-gemv", "cpu-reduction"),
-    *("norm-gemv", "quantised-gemv", "wide-gemv", "webgpu-matmul"),
+    *("norm-gemv", "quantised-gemv", "wide-gemv", "webgpu-matmul", "tensor-matmul"),
 }
 CUDA = Target({"kind": "cuda", "arch": "sm_89", "max_num_threads": 1024, "max_shared_memory_per_block": 49152})
 
@@ -112,6 +112,21 @@ def test_wherever_a_rule_declines_the_report_says_why() -> None:
                     assert not any(Path(place.file).is_absolute() for place in a.places)
                 else:
                     assert not a.reason and not a.places
+
+
+def test_cudas_rules_say_why_too() -> None:
+    from gpt2_tvm.schedules.registry import make_rules
+
+    low, plan = lowered("rtx-4090"), planned("rtx-4090")
+    rules = make_rules(plan.rules, plan.target)
+    declined = set()
+    for name in (hit.function for hit in low.hits if hit.rule in plan.rules):
+        function = low.fused[name]
+        for answer in ask(function, rules, plan.target.tvm_target()):
+            if answer.outcome == DECLINED:
+                declined.add(answer.rule)
+                assert why_not(answer.rule, work_of(function)) or answer.rule not in IN_WORDS, (name, answer.rule)
+    assert {"tensor-matmul", "wide-gemv", "norm-gemv"} <= declined
 
 
 PLANTED = """

@@ -206,10 +206,15 @@ def test_gpt2_on_cuda(browser: str, tmp_path: Path) -> None:
     assert len(text.encode()) < 10e6 and str(tmp_path) not in text.replace(str(path), "")
     tiles = [dict(re.findall(r'data-([\w-]+)="([^"]*)"', t)) for t in re.findall(r'<g class="tile"([^>]*)>', text)]
     assert len(tiles) == 5  # qkv, both projections, c_fc and the logits, at decode
-    assert {(t["ts"], t["tr"], t["tile-s"], t["tile-r"], t["vec"]) for t in tiles} == {("16", "32", "1", "8", "4")}
-    assert {(t["rows"], t["columns"]) for t in tiles} == {
-        *(("2304", "768"), ("768", "768"), ("3072", "768"), ("768", "3072"), ("50257", "768")),
+    drawn = {(int(t["rows"]), int(t["columns"])): [int(t[k]) for k in ("ts", "tr", "tile-s", "tile-r")] for t in tiles}
+    assert drawn == {  # TS, TR, TILE_S, TILE_R: of `norm-gemv`, and for c_proj of the MLP of `wide-gemv`
+        **{(rows, 768): [8, 32, 1, 8] for rows in (768, 2304, 3072)},
+        (50257, 768): [8, 32, 4, 8],
+        (768, 3072): [1, 128, 1, 8],
     }
+    for tile in tiles:
+        rows = drawn[int(tile["rows"]), int(tile["columns"])]
+        assert int(tile["blocks"]) == -(-int(tile["rows"]) // (rows[0] * rows[2])) and tile["vec"] == "4"
     assert run_browser(browser, path, tmp_path, "--dump-dom")[1] == []
 
 

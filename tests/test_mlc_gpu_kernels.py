@@ -7,6 +7,7 @@ import pytest
 import wgsl_harness as wgsl
 
 from gpt2_tvm.kernels import logit_processors
+from gpt2_tvm.kernels.gpu_merge_states import merge_states
 from gpt2_tvm.kernels.gpu_sort import sort_falling
 from gpt2_tvm.kernels.nucleus import nucleus
 
@@ -74,3 +75,45 @@ def test_bias_penalty_and_mask() -> None:
     for row in (0, 2):
         wanted[row, ~allowed[row]] = np.finfo(np.float32).min
     assert np.allclose(out.astype(np.float64), wanted, rtol=1e-6)  # TVM writes seven digits of a constant
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "dim", "dtype"),
+    [
+        (37, 4, 64, "float32"),
+        (1, 1, 1, "float32"),
+        (5, 3, 100, "float32"),
+        (2, 2, 256, "float32"),
+        (3, 5, 64, "float16"),
+    ],
+)
+def test_two_attentions_become_one(rows: int, heads: int, dim: int, dtype: str) -> None:
+    random = np.random.default_rng(rows)
+    values, others = (random.normal(size=(rows, heads, dim)).astype(dtype) for _ in range(2))
+    sums, other_sums = (random.normal(0, 4, (rows, heads)).astype(np.float32) for _ in range(2))
+    other_sums[0, 0] = -5e4  # of a row that may look at nothing, in TVM's kernels
+    merged, merged_sums, *_ = wgsl.run(merge_states(heads, dim, dtype), [values, sums, others, other_sums])
+    weights = np.exp2(np.stack([sums, other_sums]).astype(np.float64))
+    share = (weights[0] / weights.sum(0))[..., None]
+    wanted = share * values.astype(np.float64) + (1 - share) * others.astype(np.float64)
+    assert np.allclose(merged, wanted, rtol=0, atol=1e-5 if dtype == "float32" else 4e-3)
+    assert np.allclose(merged_sums, np.log2(weights.sum(0)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["webgpu", "metal", "cuda", "gfx1100"])
+def test_the_cache_is_given_that_kernel(target: str) -> None:
+    import tvm
+    from tvm import relax
+
+    from gpt2_tvm.config import GPT2Config
+    from gpt2_tvm.mlc.paged import CREATE, MERGE, add_cache_creation
+    from targets import load_target
+
+    config = GPT2Config(vocab_size=97, n_positions=48, n_embd=160, n_layer=2, n_head=2)
+    builder, device = relax.BlockBuilder(), load_target(target).tvm_target()
+    with device:
+        add_cache_creation(builder, config, "float16", device)
+    module = builder.finalize()
+    ours = merge_states(2, 80, "float16").with_attr("global_symbol", MERGE)
+    tvm.ir.assert_structural_equal(module[MERGE], ours)
+    assert f"{MERGE}," in module[CREATE].script()  # it goes into the call that makes the cache

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tvm
 from reference import checkpoint
+from wgsl_harness import run
 
 from gpt2_tvm import Engine, UserError, compile_model
 from gpt2_tvm.checkpoint import ModelSource
@@ -17,6 +22,8 @@ from gpt2_tvm.decoding.sampling import Sampling
 from gpt2_tvm.decoding.strategy import Decoding
 from gpt2_tvm.decoding.streaming import Streaming, likeliest_paths
 from gpt2_tvm.decoding.subjects import expand
+from gpt2_tvm.kernels.spec import GpuLimits
+from gpt2_tvm.kernels.stream_told import cpu_choices, gpu_choices, tell_host
 from gpt2_tvm.streams import (
     StreamConfig,
     base_digests,
@@ -27,10 +34,19 @@ from gpt2_tvm.streams import (
     tensor_shapes,
     write_streams,
 )
+from gpt2_tvm.streams.running import Choices
 
 CONFIG = GPT2Config(vocab_size=11, n_positions=64, n_embd=32, n_layer=3, n_head=2, bos_token_id=None, eos_token_id=None)
 SPREAD = 6.0  # of the weights: text that varies
 G, LAYERS, RANK = 3, 2, 4
+WEBGPU = GpuLimits("webgpu", threads_per_block=256, shared_memory_bytes=32768, warp_size=1)
+
+
+def on_cpu(func: Any, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    built = tvm.compile(tvm.IRModule({"main": func.with_attr("global_symbol", "main")}), "llvm")
+    tensors = [tvm.runtime.tensor(array) for array in arrays]
+    built["main"](*tensors)
+    return [tensor.numpy() for tensor in tensors]
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +60,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def made(folder: Path, rows: str) -> Engine:
+def made(folder: Path, rows: str, name: str = "artifact") -> Engine:
     artifact = compile_model(
         str(folder / "model"),
         "cpu",
-        output=folder / f"artifact-{rows}",
+        output=folder / f"{name}-{rows}",
         batch_sizes=(1, 3),
         verify_widths=(4,),
         streams=folder / "streams",
@@ -104,14 +120,10 @@ class Oracle(Streaming):
     texts: list[list[int]]
 
     def _tree(self, b: int, row: object) -> object:
-        said = self._said[b]
-        if said is not None:
+        if self._said[b] is not None:
             at = len(row.ids) - row.prompt_tokens  # type: ignore[attr-defined]
             coming = [*self.texts[b][at : at + G], 0, 0, 0][:G]
-            self._said[b] = np.full((G, CONFIG.vocab_size), -9.0, np.float32)
-            for j, token in enumerate(coming):
-                self._said[b][j, token] = 1.0
-                self._said[b][j, (token + 1) % CONFIG.vocab_size] = 1.5
+            self._said[b] = Choices([[(t + 1) % CONFIG.vocab_size, t] for t in coming], [[-0.5, -1.0]] * G)
         return super()._tree(b, row)  # type: ignore[arg-type]
 
 
@@ -187,14 +199,94 @@ def test_an_early_exit_keeps_the_likeliest_branches(folder: Path, pruned: Engine
 
 
 def test_paths_come_likeliest_first() -> None:
-    streams = np.log(np.array([[0.6, 0.3, 0.1, 1e-9], [0.1, 0.1, 0.7, 0.1], [0.25, 0.25, 0.25, 0.25]], np.float32))
-    tree = likeliest_paths(streams, 2, 4)
+    shares = [[0.6, 0.3, 0.1], [0.7, 0.1, 0.1], [0.25, 0.25, 0.25]]
+    said = Choices([[0, 1, 2], [2, 0, 1], [0, 1, 2]], [[math.log(share) for share in row] for row in shares])
+    tree = likeliest_paths(said, 2, 4)
     # 0 (0.6), then 0 2 (0.42), then 1 (0.3), then 1 2 (0.21)
     assert (tree.ids, tree.parents) == ([0, 2, 1, 2], [-1, 0, -1, 2])
-    assert likeliest_paths(streams, 1, 2).ids == [0, 1]
-    assert likeliest_paths(streams, 0, 2).ids == [] == likeliest_paths(streams, 3, 0).ids
-    chain = likeliest_paths(np.eye(3, 11, dtype=np.float32) * 50, 3, 3)
+    assert likeliest_paths(said, 1, 2).ids == [0, 1]
+    assert likeliest_paths(said, 0, 2).ids == [] == likeliest_paths(said, 3, 0).ids
+    chain = likeliest_paths(Choices([[0, 9], [1, 9], [2, 9]], [[-0.01, -9.0]] * 3), 3, 3)
     assert (chain.ids, chain.parents) == ([0, 1, 2], [-1, 0, 1])
+
+
+@pytest.mark.parametrize("where", ["cpu", "webgpu"])
+@pytest.mark.parametrize("vocab", [5, 300, 2048])
+def test_the_likeliest_tokens_of_a_stream_are_the_hosts(where: str, vocab: int) -> None:
+    rng = np.random.default_rng(vocab)
+    logits = rng.normal(0, 3, (2, 3, vocab)).astype(np.float32)
+    logits[0, 1, [1, vocab - 1]] = logits[0, 1].max() + 1  # equal ones: the lowest first
+    logits[1, 0] = -70.0
+    logits[1, 2, 3] = 80.0
+    func = cpu_choices(2, 3, vocab, 4) if where == "cpu" else gpu_choices(6, vocab, 4, WEBGPU)
+    given = logits if where == "cpu" else logits.reshape(6, vocab)
+    shape = (*given.shape[:-1], 4)
+    arrays = [given, np.full(shape, -7, np.int32), np.zeros(shape, np.float32)]
+    if where == "cpu":
+        arrays.insert(1, np.array([1, 2], np.int32))
+    *_, ids, logs = on_cpu(func, arrays) if where == "cpu" else run(func, arrays)
+    order = np.argsort(-given, axis=-1, kind="stable")[..., :4]
+    np.testing.assert_array_equal(ids, order)
+    wide = given.astype(np.float64) - given.max(-1, keepdims=True)
+    wide -= np.log(np.exp(wide).sum(-1, keepdims=True))
+    np.testing.assert_allclose(logs, np.take_along_axis(wide, order, -1), atol=2e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["cpu", "webgpu"])
+def test_what_the_host_is_told(where: str) -> None:
+    best = np.array([[5, 6, -8, 9], [3, 1, 1, 1], [4, 4, 4, 4]], np.int32)
+    path, counts = np.array([[0, 1, 2, 0], [0, 3, 0, 0], [0, 0, 0, 0]], np.int32), np.array([3, 2, 0], np.int32)
+    ids = np.arange(12, dtype=np.int32).reshape(3, 2, 2)
+    logs = -np.arange(12, dtype=np.float32).reshape(3, 2, 2) / 8
+    func = tell_host(3, 4, 2, 2, where != "cpu")
+    arrays = [best, path, counts, ids, logs, np.full((3, 14), 77, np.int32)]
+    told = (on_cpu if where == "cpu" else run)(func, arrays)[-1]
+    assert told[:, :6].tolist() == [[3, 1, 5, 6, 7, 0], [2, 0, 3, 1, 0, 0], [0, 0, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(told[:, 6:10], ids.reshape(3, 4))
+    np.testing.assert_array_equal(np.ascontiguousarray(told[:, 10:]).view(np.float32), logs.reshape(3, 4))
+
+
+def test_a_step_reads_back_once_and_few_integers(whole: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy = make_strategy("streaming", whole, length="3")
+    decoding = iter(Decoding(strategy, prompts(2, 5), 24))
+    next(decoding)
+    sizes: list[int] = []
+    download, decode, decodes = whole.runner.download, whole.decode, 0
+
+    def counted(tensor: object) -> np.ndarray:
+        array = download(tensor)
+        sizes.append(array.size)
+        return array
+
+    def other(ids: object) -> np.ndarray:
+        nonlocal decodes
+        decodes += 1
+        return decode(ids)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(whole.runner, "download", counted)
+    monkeypatch.setattr(whole, "decode", other)
+    steps = sum(1 for _ in decoding)
+    told = 3 * (2 + 5 + 2 * G * 4)  # of three slots: the count, the doubt, a token a row, four choices a stream
+    # decode steps are for a last token, and for near ties
+    assert steps - 2 <= sizes.count(told) <= steps
+    assert len(sizes) == sizes.count(told) + decodes and decodes <= 3
+
+
+def test_a_near_tie_is_left_to_decode(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt2_tvm.streams.module.TIE", 0.1)  # so wide that ties come often
+    wide = made(folder, "5", "wide")
+    given = prompts(3, 12)
+    expected = Decoding(make_strategy("greedy", wide), given, 30).run()
+    decode, calls = wide.decode, 0
+
+    def counted(ids: object) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        return decode(ids)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(wide, "decode", counted)
+    assert Decoding(make_strategy("streaming", wide, length="3"), given, 30).run() == expected
+    assert calls > 5
 
 
 def test_streams_of_the_bundled_model_are_few() -> None:
@@ -229,6 +321,7 @@ def test_what_cannot_be_is_refused_in_one_line(
     refused("without streams", lambda: make_strategy("streaming", Engine(tiny_artifact)))
     refused("without streams", lambda: Engine(tiny_artifact).stream([[1]], [[-1]]))
     refused("greedy text", lambda: make_strategy("streaming", whole, sampling=Sampling(1.0)))
+    whole.reset()
     refused("streams take 5", lambda: whole.stream([[1] * 6], [[-1, 0, 1, 2, 3, 4]]))
     refused("train_streams makes", lambda: expand([tiny_artifact], ["streaming"], [], ["3"]))
     both = expand([tiny_artifact, whole.artifact.path], ["greedy", "streaming"], [], ["3"])

@@ -59,6 +59,7 @@ PLANTED = [
     ("threadgroup_barrier(mem_flags::mem_threadgroup)", "threadgroup_barrier(mem_flags::all)", "all"),
     ("half4(1.0h, 2.0h, 3.0h, 4.0h)", "half4(1.0h, 2.0h, 3.0h, 4.0h, 5.0h)", "make_half4"),
     ("float2 both = float2(1, 2);", "float2 both = half2(1, 2);", "float2"),
+    ("(float4)(four)", "(float4)(both)", "convertvector"),
     (
         "simdgroup_half8x8 a; simdgroup_load(a, in,",
         "simdgroup_float8x8 a; simdgroup_load(a, in,",
@@ -76,6 +77,7 @@ kernel void good(device half* in [[ buffer(0) ]], device half* out [[ buffer(1) 
   out[i] = in[i] * 2.0h;
   half4 four = half4(1.0h, 2.0h, 3.0h, 4.0h);
   float2 both = float2(1, 2);
+  float4 wide = (float4)*(device half4*)(in + i) * (float4)(four) + long4(1, 2, 3, i)[0];
   simdgroup_half8x8 a; simdgroup_load(a, in, 8);
 }
 """

@@ -107,6 +107,9 @@ def main(
     alive: Annotated[
         int | None, typer.Option(help="Engines in memory at once. Default: what half of the free memory holds.")
     ] = None,
+    peer: Annotated[
+        str | None, typer.Option(help="One more row: the same weights compiled by another project, mlc_llm.")
+    ] = None,
     functions: Annotated[
         bool,
         typer.Option(
@@ -144,6 +147,8 @@ def main(
     given = (_names("--sets", sets), full_factorial, tuple(rule or ()), crossed, passes)
     plan = _Plan(model, target, quantization, attention, seed, *given, runner)
     toggles = "passes" if passes else "rules"
+    if peer is not None:
+        plan.add_peer(peer, Job(model, target, quantization, device=tracker and f"rpc://{tracker}/{key}"), static)
     for name in pair or ():
         if name not in [variant.name for variant in plan.variants]:
             raise UserError(f"--compare {compare}: {name} is not among the sets; name it with --sets too")
@@ -236,6 +241,15 @@ class _Plan:
             self.design = cells(self.target, self.extra, factors)
         self.source = resolve_model(model, seed=seed)
         make_plan(self.source.config, self.target, quantization, "full", attention)  # refuses what it does not know
+
+    def add_peer(self, name: str, job: Job, static: bool) -> None:
+        """One more set, of somebody else's making. UserError where it cannot be had."""
+        from tuning.ablation_peer import VARIANT, require
+
+        if static:
+            raise UserError(f"--peer {name}: it is timed, and --static times nothing; leave out one of them")
+        require(name, job, self.source, self.target)
+        self.variants.append(VARIANT)
 
     def result(self, journal: Any) -> dict[str, Any]:
         from tuning.ablation_results import result

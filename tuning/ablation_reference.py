@@ -20,7 +20,9 @@ from gpt2_tvm.quantization import get_scheme
 from tuning.children import Announce, Failure
 
 if TYPE_CHECKING:
+    from gpt2_tvm.checkpoint import ModelSource
     from gpt2_tvm.engine import Engine
+    from gpt2_tvm.mlc.lockstep import Lockstep
     from tuning.ablation_work import Job
 
 STEPS, WIDTH, GREEDY = 4, 4, 6  # tokens decoded one by one, verified at once, and chosen on the device
@@ -90,18 +92,23 @@ def describe(how: str) -> str:
     return f"our engine on the CPU, {scheme}, rules {rules}"
 
 
-def make(announce: Announce, job: Job, how: str, file: str) -> None:
-    """Compute the reference of `job` and save it; runs in a child."""
-    from gpt2_tvm.checkpoint import resolve_model
+def prompt_of(source: ModelSource, tokens: int) -> np.ndarray:
+    """The first ids of the benchmark's prompt for a model -> int32 [tokens]."""
     from gpt2_tvm.data import prompt_for
     from gpt2_tvm.tokenizer import load_tokenizer
 
-    announce("reference: weights")
-    source = resolve_model(job.model, seed=job.seed)
     own = source.folder is not None and any((source.folder / name).is_file() for name in TOKENIZERS)
     tokenizer = load_tokenizer(source.folder) if own and source.folder else None
-    total = job.prompt_tokens + STEPS + WIDTH
-    ids = np.asarray(prompt_for(tokenizer, source.config.vocab_size, total), np.int32)
+    return np.asarray(prompt_for(tokenizer, source.config.vocab_size, tokens), np.int32)
+
+
+def make(announce: Announce, job: Job, how: str, file: str) -> None:
+    """Compute the reference of `job` and save it; runs in a child."""
+    from gpt2_tvm.checkpoint import resolve_model
+
+    announce("reference: weights")
+    source = resolve_model(job.model, seed=job.seed)
+    ids = prompt_of(source, job.prompt_tokens + STEPS + WIDTH)
     prompt, steps, chain = np.split(ids, [job.prompt_tokens, job.prompt_tokens + STEPS])
     announce(f"reference: {describe(how)}")
     logits = _transformers(source, ids) if how == "transformers" else _cpu(job, how, prompt, steps, chain)
@@ -139,13 +146,13 @@ def _cpu(job: Job, how: str, prompt: np.ndarray, steps: np.ndarray, chain: np.nd
         return np.stack([*rows, *engine.verify(chain)[0]])
 
 
-def check(engine: Engine, reference: Reference, announce: Announce) -> float:
+def check(engine: Engine | Lockstep, quantization: str, reference: Reference, announce: Announce) -> float:
     """Compare every way through the engine with the reference, and the greedy choice on the device with `decode`'s.
 
     Returns the largest difference, as a share of the reference's largest logit. Raises Failure("wrong-result").
     Afterwards everything that a turn calls has been called once with the same shapes.
     """
-    share = tolerance(engine.artifact.manifest["quantization"])
+    share = tolerance(quantization)
     scale = float(np.abs(reference.logits).max())
     worst = 0.0
 

@@ -13,9 +13,10 @@ from typing import Any
 from gpt2_tvm.checkpoint import ModelSource
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.measure.timing import SETTLE_S
+from gpt2_tvm.mlc.chat_config import CHAT_CONFIG
 from gpt2_tvm.schedules.registry import OUTSIDE
 from targets import DeviceTarget
-from tuning import ablation_cache, ablation_reference, ablation_work
+from tuning import ablation_cache, ablation_peer, ablation_reference, ablation_work
 from tuning.ablation_records import Journal
 from tuning.ablation_work import Job
 from tuning.children import Child, Outcome, run_once
@@ -26,6 +27,7 @@ FEWEST = 3  # repeats of a set whose budget is spent
 FUNCTIONS_S, MOST_ROUNDS = 3.0, 20  # prefills that the timing of functions may take, in seconds and in rounds
 SLOW_S = 10.0  # a prefill that long needs no warm-up turn
 RESERVE = 0.5  # the share of free memory that engines may take
+WHOLE = ("manifest.json", CHAT_CONFIG)  # either is the last file of a folder that a set was compiled into
 CONTEXT_BYTES = 600 << 20  # of a GPU for each process: driver context, caches, work space
 
 Say = Callable[[str, float], Any]  # (what comes next, share done), as `build.Progress`
@@ -164,14 +166,17 @@ class Ablation:
             return False
         if line["status"] != "ok":
             return line["status"] != "timeout" or self.timeout_s <= line["timeout_s"]
-        return self._done(journal, line["code"]) or (self._folder(line) / "manifest.json").is_file()
+        return self._done(journal, line["code"]) or any((self._folder(line) / name).is_file() for name in WHOLE)
 
     def _compile_one(self, variant: Variant, made_from: str) -> Line:
         # The name of a set may be another's under other options; the rules as a list are what it means.
         rules = ",".join(variant.rules) or "baseline"
         label = f"compile {variant.name}"
         arguments = (self.job, rules, self._made_from())  # what rules of other people did is in the code's digest
-        outcome = run_once(label, ablation_work.build, *arguments, timeout_s=self.timeout_s)
+        if variant == ablation_peer.VARIANT:
+            outcome = run_once(label, ablation_peer.build, self.job, timeout_s=self.timeout_s)
+        else:
+            outcome = run_once(label, ablation_work.build, *arguments, timeout_s=self.timeout_s)
         line: Line = {
             "kind": "set",
             "set": variant.name,
@@ -240,7 +245,8 @@ class Ablation:
             _, oldest = self._children.popitem(last=False)
             oldest.close()
         folder = self._folder(line)
-        child = Child(line["set"], ablation_work.Subject, self.job, str(folder))
+        subject = ablation_peer.PeerSubject if line["set"] == ablation_peer.PEER else ablation_work.Subject
+        child = Child(line["set"], subject, self.job, str(folder))
         self._children[code] = child
         outcome = child.ready(self.timeout_s)
         if not self._fine(journal, code, outcome):

@@ -247,9 +247,8 @@ class Subject:
 
     def check(self, reference: str) -> float:
         """`ablation_reference.check` against the file."""
-        return ablation_reference.check(
-            self._engine, ablation_reference.Reference.load(Path(reference)), self._announce
-        )
+        expected = ablation_reference.Reference.load(Path(reference))
+        return ablation_reference.check(self._engine, self._job.quantization, expected, self._announce)
 
     def warm(self) -> None:
         """Once untimed what a turn does: pages, buffers and bindings are there afterwards."""

@@ -40,8 +40,9 @@ def main(
 ) -> None:
     """Choose points for `compile --tuned`.
 
-    The model is compiled untuned, with each product's best point alone, and with all of them, and decode is timed in
-    turns. A point that wins alone but loses in the whole model is left out; if all together lose, nothing is written.
+    The model is compiled untuned, with each product's best point alone, with all of them, and with DLight's rules, and
+    decode is timed in turns. A point that wins alone but loses in the whole model is left out. If all together are not
+    faster, those that were faster one by one are tried together; if they are not either, nothing is written.
 
     \b
     Example:
@@ -78,7 +79,7 @@ def main(
         result, table = _checked(found, candidates, setting, json_file)
     sys.stdout.write(table)
     if result is None:
-        raise UserError("the points win alone and lose in the whole model; nothing was written")
+        raise UserError("the points win alone and not in the whole model; nothing was written")
     result.write(final)
     print(f"wrote {final}; use it with compile --tuned {final}", file=sys.stderr)
 
@@ -114,7 +115,7 @@ def _checked(
     records: Records, candidates: dict[str, TunedPoint], setting: Setting, json_file: Path | None
 ) -> tuple[Tuned | None, str]:
     """Time the model: untuned, each point alone, all that did not lose. Returns what to apply, and the table."""
-    from tuning.decode import UNTUNED, Gain, measure, origin
+    from tuning.decode import STOCK, UNTUNED, Gain, measure, origin
 
     start = origin(records)
 
@@ -126,21 +127,27 @@ def _checked(
     variants = {UNTUNED: None, **{name: _tuned(start, [p]) for name, p in candidates.items()}}
     if len(candidates) > 1:
         variants[everything] = _tuned(start, list(candidates.values()))
-    rates = measure(variants, setting, say)
+    rates = measure({**variants, STOCK: None}, setting, say)
     gains = {name: Gain.of(rate, rates[UNTUNED]) for name, rate in rates.items() if name != UNTUNED}
     losers = [name for name in candidates if gains[name].loses()]
-    kept = {name: p for name, p in candidates.items() if name not in losers}
-    last = everything if len(candidates) > 1 else next(iter(candidates))
-    if losers and kept:
-        last = "the points that did not lose"
-        again = measure({UNTUNED: None, last: _tuned(start, list(kept.values()))}, setting, say)
-        rates[last], gains[last] = again[last], Gain.of(again[last], again[UNTUNED])
+    chosen, last = list(candidates), everything if len(candidates) > 1 else next(iter(candidates))
+    smaller = (
+        ("the points that did not lose", [name for name in candidates if name not in losers]),
+        ("the points that were faster", [name for name in candidates if gains[name].ratio > 1]),
+    )
+    for label, names in smaller:
+        if gains[last].ratio >= 1 and not set(chosen) & set(losers):
+            break
+        if names and names != chosen:
+            again = measure({UNTUNED: None, label: _tuned(start, [candidates[name] for name in names])}, setting, say)
+            rates[label], gains[label] = again[label], Gain.of(again[label], again[UNTUNED])
+            chosen, last = names, label
     table = _gain_table(rates, gains, losers)
     if json_file is not None:
         cli.write_json(json_file, _json(records, rates, gains, losers))
-    if not kept or gains[last].loses():
+    if gains[last].ratio < 1 or set(chosen) & set(losers):
         return None, table
-    return _tuned(start, list(kept.values())), table
+    return _tuned(start, [candidates[name] for name in chosen]), table
 
 
 def _gain_table(rates: dict[str, Rates], gains: dict[str, Gain], losers: list[str]) -> str:
@@ -149,7 +156,8 @@ def _gain_table(rates: dict[str, Rates], gains: dict[str, Gain], losers: list[st
     rows = []
     for name, rate in rates.items():
         gain = gains.get(name)
-        verdict = "" if gain is None else "left out: it loses" if name in losers else "wins" if gain.wins() else "even"
+        verdict = "" if gain is None else "wins" if gain.wins() else "loses" if gain.loses() else "even"
+        verdict = "left out: it loses" if name in losers else verdict
         rows.append([name, f"{rate.tok_s:.1f} ± {rate.sd:.1f}", str(gain) if gain else "", verdict])
     return markdown_table(["tuned", "decode tok/s", "gain, same rounds", "verdict"], rows, left=1)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tuning.workloads import Workload
 
 UNTUNED = "untuned"
+STOCK = "DLight's rules"  # a variant of this name is compiled with them instead of ours
 Say = Callable[[str], None]
 
 
@@ -117,6 +118,7 @@ def measure(variants: Mapping[str, Tuned | None], setting: Setting, say: Say = l
                     output=Path(folder) / str(i),
                     batch_sizes=(setting.batch,),
                     verify_widths=(),
+                    rules="stock" if name == STOCK else "full",
                     tuned=file if tuned is not None else None,
                 )
                 workers.append(Worker(name, EngineSubject, str(path), setting.device, None))

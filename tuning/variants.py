@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from gpt2_tvm.errors import UserError
+from gpt2_tvm.kernels.persistent.shape import OLDEST, capability
+from gpt2_tvm.kernels.persistent.shape import RULE as PERSISTENT
 from gpt2_tvm.passes.registry import applicable, pass_set
 from gpt2_tvm.schedules.registry import OUTSIDE, STOCK_CPU, STOCK_GPU, rule_set
 from targets import DeviceTarget
@@ -52,6 +54,13 @@ def factors(target: DeviceTarget, extra: Sequence[str] = ()) -> tuple[str, ...]:
     return tuple(name for name in dict.fromkeys((*extra, *target.rules, *stock)) if name != ALWAYS)
 
 
+def alternatives(target: DeviceTarget) -> tuple[str, ...]:
+    """Rules outside `full` that the target can have: the decode step as one kernel, on GPUs whose multiprocessors are
+    counted."""
+    can = target.kind == "cuda" and target.cores is not None and capability(target.arch()) >= OLDEST
+    return (PERSISTENT,) if can else ()
+
+
 def variants(
     target: DeviceTarget,
     names: Sequence[str] | None = None,
@@ -63,8 +72,8 @@ def variants(
 
     Args:
         names: these alone (any that `rule_set` understands); default: baseline, only-x of every factor, stock,
-            without-x of every rule in `full`, with-x of every `extra` one, and full; and Reduction with
-            GeneralReduction as one where the target has both.
+            without-x of every rule in `full`, with-x of every `extra` one and of the `alternatives`, and full; and
+            Reduction with GeneralReduction as one where the target has both.
         full_factorial: every subset of the factors too.
         extra: rules of somebody else's, module:Class.
         chosen: the factors of the factorial design, others are off in it; default all, or where these are too many
@@ -80,7 +89,7 @@ def variants(
         both = set(JOINT) <= set(full)
         names = ["baseline", *(f"only-{rule}" for rule in every), *([f"only-{joint}"] if both else []), "stock"]
         names += [f"without-{rule}" for rule in full] + ([f"without-{joint}"] if both else [])
-        names += [*(f"with-{rule}" for rule in extra), "full"]
+        names += [*(f"with-{rule}" for rule in (*extra, *alternatives(target))), "full"]
     found = {name: Variant(name, rule_set(name, target)) for name in names}
     if full_factorial:
         _check_few(crossed)

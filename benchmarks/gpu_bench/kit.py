@@ -37,6 +37,7 @@ VARIANTS = {
     "wide": "wide-gemv,matmul,gemv,reduction,general-reduction",
     "tensor": "tensor-matmul,matmul,gemv,reduction,general-reduction",
     "fused": "without-wide-gemv",
+    "persistent": "with-persistent",
     "full": "full",
 }
 Say = Callable[[str, float], None]
@@ -74,7 +75,8 @@ def build(
         for variant, rules in (VARIANTS.items() if model == ablated else [("full", "full")])
         if variant != "tensor" or q == "q0f16"  # in float32 that rule takes nothing
     ]
-    jobs += [("bundled", q, "full", "full") for q in quantizations if bundled]
+    checked = [v for v in VARIANTS.items() if v[0] in ("persistent", "full")]  # code that shares no kernel of a step
+    jobs += [("bundled", q, variant, rules) for q in quantizations if bundled for variant, rules in checked]
     with tempfile.TemporaryDirectory(prefix="gpt2-tvm-kit-") as scratch:
         folder = Path(scratch)
         for i, (model, q, variant, rules) in enumerate(jobs):

@@ -155,13 +155,19 @@ def _width(operands: str) -> int:
 
 
 def hottest_loop(text: str) -> tuple[Loop, list[str]]:
-    """The innermost loop with the most floating-point work, and its lines; a loop of nothing where there is none."""
+    """The innermost loop with the most floating-point work, and its lines; a loop of nothing where there is none.
+
+    Where no loop multiplies and adds, the product is so small that it was unrolled to its end: then the function that
+    does is taken as a loop that runs once.
+    """
     best, code = Loop(**dict.fromkeys(Loop.__dataclass_fields__, 0)), []
-    for body in functions(text).values():
-        for lines in innermost_loops(body):
-            loop = count(lines)
-            if _rank(loop) > _rank(best):
-                best, code = loop, lines
+    bodies = list(functions(text).values())
+    loops = [lines for body in bodies for lines in innermost_loops(body)]
+    unrolled = not any(count(lines).fma for lines in loops) and any(count(body).fma for body in bodies)
+    for lines in bodies if unrolled else loops:
+        loop = count(lines)
+        if _rank(loop) > _rank(best):
+            best, code = loop, lines
     return best, code
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 PARTS = ("draft", "verify", "sample", "rollback", "host")  # of a step; "verify" is every pass of the target
 
@@ -19,18 +17,26 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._blocks: dict[str, _Block] = {}
         self._running: list[str] = []
         self._since = 0.0
 
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def __call__(self, name: str) -> _Block:
+        """For `with`: what runs inside counts to `name`."""
+        block = self._blocks.get(name)
+        if block is None:
+            block = self._blocks[name] = _Block(self, name)
+        return block
+
+    def begin(self, name: str) -> None:
+        """From here on time counts to `name`, until `end`."""
         self._switch()
         self._running.append(name)
-        try:
-            yield
-        finally:
-            self._switch()
-            self._running.pop()
+
+    def end(self) -> None:
+        """Back to the block around the last `begin`, or to none."""
+        self._switch()
+        self._running.pop()
 
     def move(self, source: str, to: str, seconds: float) -> None:
         """Count `seconds` of one name to another: what is known of a time that could not be taken apart."""
@@ -52,3 +58,19 @@ class Clock:
         if self._running:
             self.seconds[self._running[-1]] += now - self._since
         self._since = now
+
+
+class _Block:
+    """A clock's block of one name, entered again and again: a generator for each would cost as much as the sampling
+    that it times."""
+
+    __slots__ = ("_clock", "_name")
+
+    def __init__(self, clock: Clock, name: str) -> None:
+        self._clock, self._name = clock, name
+
+    def __enter__(self) -> None:
+        self._clock.begin(self._name)
+
+    def __exit__(self, *error: object) -> None:
+        self._clock.end()

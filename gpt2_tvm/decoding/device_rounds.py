@@ -1,11 +1,14 @@
-"""A round of greedy speculation that stays on the device: draft, check and accept in one submission, and one read-back
-of what came of it.
+"""A round of speculation that stays on the device: draft, check and accept in one submission, and one read-back of what
+came of it.
 
 The text is on the device: `history`, a slot an id, is shared by both models, and so is the token that each goes on
 from. A round is k + 1 greedy steps of the draft, which write k tokens (and one too many) after the text and leave all
 but the last in the draft's cache, and `speculate` of the target, which checks them, accepts, writes its own token after
 those that stand, and moves the positions of both models to it. So the draft's cache is never behind, whatever stood:
 that is what its last step, whose token nobody looks at, is for.
+
+Sampled text has the same rounds with draws in place of maxima (`kernels.accept_drawn`): `propose` of the draft keeps
+what it drew from where `decide` of the target finds it.
 """
 
 from __future__ import annotations
@@ -19,17 +22,23 @@ import numpy as np
 from gpt2_tvm.runners.together import Call, Together, share_device
 
 if TYPE_CHECKING:
+    from gpt2_tvm.decoding.sampling import Sampling
     from gpt2_tvm.engine import Engine
 
+STORED = 16  # as in `kernels.accept_drawn`, which needs a compiler
 TOLD = 2  # what `speculate` says of a sequence before its tokens: how many they are, and whether the last is in doubt
 
 
-def usable(target: Engine, draft: Engine) -> bool:
+def usable(target: Engine, draft: Engine, sampling: Sampling | None = None) -> bool:
     """Whether rounds of these two can stay on the device: both on the same one, with caches and batches of the same
-    sizes, and a target that was compiled for it."""
-    functions = target.artifact.manifest["launches"]
+    sizes, and compiled for it. Draws are from the whole vocabulary: top-k and top-p stay on the host."""
+    greedy = sampling is None or sampling.greedy
+    if not greedy and (sampling.top_k or sampling.top_p < 1):  # type: ignore[union-attr]
+        return False
+    ours, theirs = (engine.artifact.manifest["launches"] for engine in (target, draft))
     return (
-        any(name.startswith("speculate_b") for name in functions)
+        any(name.startswith("speculate_b" if greedy else "decide_b") for name in ours)
+        and any(name.startswith("greedy_b" if greedy else "propose_b") for name in theirs)
         and share_device(target.runner, draft.runner)
         and target.max_seq_len == draft.max_seq_len
         and target.artifact.batch_sizes == draft.artifact.batch_sizes
@@ -50,16 +59,20 @@ class DeviceRounds:
 
     Args:
         target, draft: engines for which `usable` is true.
+        temperature: 0: greedy.
 
     Attributes:
+        seeds: of the sequences' draws, int32 [batch]; set before the first round of new texts.
         fresh: whether the device's state is the texts'; set it to False after any other call of either engine.
         read_backs: how many there were, one a round.
 
     Both engines' `positions` are kept up to date.
     """
 
-    def __init__(self, target: Engine, draft: Engine) -> None:
-        self.target, self.draft = target, draft
+    def __init__(self, target: Engine, draft: Engine, temperature: float = 0.0) -> None:
+        self.target, self.draft, self.temperature = target, draft, temperature
+        self.seeds = np.zeros(0, np.int32)
+        self._chance: list[Any] = []  # temperature, seeds and what was drawn from, on the device
         self.fresh = False
         self.read_backs = 0
         self._prepared: dict[int, Together] = {}
@@ -69,7 +82,9 @@ class DeviceRounds:
     @property
     def longest(self) -> int:
         """How many tokens a round can draft at most."""
-        return max(1, self.target.artifact.verify_widths[-1] - 1)
+        widths = self.target.artifact.verify_widths
+        most = max(w for w in widths if w <= STORED) if self.temperature else widths[-1]
+        return max(1, most - 1)
 
     def round(self, ids: Sequence[Sequence[int]], counts: Sequence[int | None]) -> list[Told]:
         """Draft counts[b] tokens after each text and take those that stand (0: only the target's own; None: the
@@ -106,6 +121,7 @@ class DeviceRounds:
         owner = (self.target._caches, self.draft._caches, self.target._slots)
         if len(self._owner) != len(owner) or any(a is not b for a, b in zip(owner, self._owner, strict=True)):
             self._owner, self._prepared, self.fresh, self._rows = owner, {}, False, ([], [])
+            self._chance = []
 
     def _upload(self, ids: Sequence[Sequence[int]]) -> None:
         """The texts, where they end, and no lengths yet."""
@@ -121,8 +137,24 @@ class DeviceRounds:
         target._int("positions", positions)
         # where nothing is drafted too: a draft that stood further back would write over the text
         self.draft._int("positions", positions)
+        if self.temperature:
+            self._upload_chance()
         self._rows = ([], [])
         self.fresh = True
+
+    def _upload_chance(self) -> None:
+        runner, slots = self.target.runner, self.target._slots
+        if not self._chance:
+            shapes = (
+                ([slots], "float32"),
+                ([slots], "int32"),
+                ([slots, STORED, self.target.config.vocab_size], "float32"),
+            )
+            self._chance = [runner.empty(shape, dtype) for shape, dtype in shapes]
+            runner.upload(self._chance[0], np.full(slots, self.temperature, np.float32))
+        seeds = np.zeros(slots, np.int32)
+        seeds[: len(self.seeds)] = self.seeds
+        runner.upload(self._chance[1], seeds)
 
     def _lengths(self, engine: Engine, lengths: Sequence[int]) -> None:
         padded = np.zeros(engine._slots, np.int32)
@@ -138,8 +170,11 @@ class DeviceRounds:
 
         history, token = tensor(target, "history", target.max_seq_len), tensor(target, "greedy_token", 1)
         at = tensor(draft, "positions")
-        step = Call(draft.runner, f"greedy_b{slots}", [token, at, history, tensor(draft, "lengths"), draft._caches])
+        own, lengths = self._chance, tensor(draft, "lengths")
+        name = "propose" if own else "greedy"
+        step = Call(draft.runner, f"{name}_b{slots}", [token, at, history, lengths, *own, draft._caches])
         state = [history, token, tensor(target, "positions"), at, tensor(target, "lengths")]
         chain = target._branches(width, None)
-        check = Call(target.runner, f"speculate_b{slots}_m{width}", [*state, *chain, target._caches])
+        name = "decide" if own else "speculate"
+        check = Call(target.runner, f"{name}_b{slots}_m{width}", [*state, *chain, *own, target._caches])
         return [*([step] * (k + 1 if k else 0)), check]

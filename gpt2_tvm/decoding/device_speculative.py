@@ -1,4 +1,4 @@
-"""`Speculative` with a model as its draft, greedy, where draft, check and accept stay on the device."""
+"""`Speculative` with a model as its draft, where draft, check and accept stay on the device."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from gpt2_tvm.decoding.costs import Costs, DraftLength
+from gpt2_tvm.decoding.costs import Costs
 from gpt2_tvm.decoding.device_rounds import DeviceRounds, Told
 from gpt2_tvm.decoding.draft import check_pair
+from gpt2_tvm.decoding.lengths import DraftLength
 from gpt2_tvm.decoding.sampling import Sampling
 from gpt2_tvm.decoding.speculative import padded_rows
 from gpt2_tvm.decoding.strategy import SPARE, Strategy, TextRow, park
@@ -29,7 +30,8 @@ class DeviceSpeculative(Strategy):
     Args:
         engine, draft: for which `device_rounds.usable` is true.
         length: as for `Speculative`.
-        sampling: greedy.
+        sampling: greedy, or a temperature alone. The device's draws are other ones than the host's: a seed gives the
+            same text again, but another than without these rounds.
 
     Attributes:
         costs: a draft step's seconds are those of a trial before the first text; a check's are what a round takes
@@ -42,10 +44,10 @@ class DeviceSpeculative(Strategy):
     def __init__(self, engine: Engine, draft: Engine, length: DraftLength, sampling: Sampling | None = None) -> None:
         super().__init__(engine, sampling)
         check_pair(engine.artifact, draft.artifact)
-        if not self.sampling.greedy:
-            raise UserError("speculation on the device writes greedy text; leave --temperature out")
+        if self.sampling.top_k or self.sampling.top_p < 1:
+            raise UserError("speculation on the device draws from the whole vocabulary; leave --top-k and --top-p out")
         self.length = length
-        self.rounds = DeviceRounds(engine, draft)
+        self.rounds = DeviceRounds(engine, draft, self.sampling.temperature)
         self.costs = Costs(lambda rows: padded_rows(engine.artifact.verify_widths, rows))
         self._step_s: float | None = None  # of the draft
 
@@ -55,6 +57,8 @@ class DeviceSpeculative(Strategy):
         draft = self.rounds.draft
         draft.reset()
         self.rounds.fresh = False
+        if not self.sampling.greedy:
+            self.rounds.seeds = np.array([rng.integers(2**31) for rng in self.rngs], np.int32)
         self.length.start(len(rows))
         if self.length.wants_draft():
             start = time.perf_counter()
@@ -77,11 +81,12 @@ class DeviceSpeculative(Strategy):
 
     def step(self, rows: Sequence[TextRow]) -> list[list[int]]:
         """See `Strategy.step`: for each row the drafted tokens that stand and one of the target's own."""
+        begun = time.perf_counter()
         if self.length.rests([b for b, row in enumerate(rows) if row.live]):
-            return self._plain(rows)
+            return self._plain(rows, 0.0)
         counts = [self._count(b, row) for b, row in enumerate(rows)]
         if not any(counts):
-            return self._plain(rows)
+            return self._plain(rows, time.perf_counter() - begun)
         # the draft takes one step more than there are tokens, for every row as many as for the longest
         room = min(self.engine.max_seq_len - len(row.ids) for row, n in zip(rows, counts, strict=True) if n)
         counts = [n if n is None else min(n, room) for n in counts]
@@ -92,12 +97,9 @@ class DeviceSpeculative(Strategy):
         start = time.perf_counter()
         with self.clock("verify"):
             told = self.rounds.round([row.ids for row in rows], counts)
-        seconds = time.perf_counter() - start
         k = max(n or 0 for n in counts)
-        draft_s = min((self._step_s or 0.0) * (k + 1), seconds)
+        draft_s = min((self._step_s or 0.0) * (k + 1), time.perf_counter() - start)
         self.clock.move("verify", "draft", draft_s)
-        self.costs.drafted(draft_s, k)
-        self.costs.checked(k + 1, seconds - draft_s)
         if caught_up:
             self.costs.caught_up(caught_up_s, caught_up)
         new = [t.tokens for t in told]
@@ -111,8 +113,11 @@ class DeviceSpeculative(Strategy):
                 row.accepted += accepted
                 self.length.saw(b, examined, accepted)
         live = [n for n, row in zip(new, rows, strict=True) if row.live]
-        passes = 1 + any(t.doubtful for t in told)
-        self.length.spent(self.costs, k, caught_up, sum(map(len, live)) / len(live), passes)
+        passes, ended = 1 + any(t.doubtful for t in told), time.perf_counter()
+        self.costs.drafted(draft_s, k)
+        if passes == 1:
+            self.costs.checked(k + 1, ended - start - draft_s)
+        self.length.spent(self.costs, ended - begun, k, caught_up, sum(map(len, live)) / len(live), passes)
         return new
 
     def _count(self, b: int, row: TextRow) -> int | None:
@@ -150,16 +155,17 @@ class DeviceSpeculative(Strategy):
         draft.rewind([at + len(m) for at, m in zip(cached, missing, strict=True)])
         return most
 
-    def _plain(self, rows: Sequence[TextRow]) -> list[list[int]]:
+    def _plain(self, rows: Sequence[TextRow], beside: float) -> list[list[int]]:
         """Without drafts: what `Greedy` does on a GPU, a few tokens of a single text between two read-backs."""
         self.rounds.fresh = False
         start = time.perf_counter()
         n = min(DEVICE_STEPS, rows[0].left)
-        if len(rows) > 1 or n == 1 or self.engine.artifact.kind == "cpu":
+        if len(rows) > 1 or n == 1 or not self.sampling.greedy or self.engine.artifact.kind == "cpu":
             logits = self.decode(rows)
+            new = [[token] for token in self.choose(logits, rows)]
             self.costs.checked(1, time.perf_counter() - start)
-            self.length.spent(self.costs, 0, 0, 1.0)
-            return [[token] for token in self.choose(logits, rows)]
+            self.length.plain(self.costs, beside)
+            return new
         row = rows[0]
         with self.clock("verify"):
             run = self.engine.decode_greedy(n, row.ids[-1])
@@ -167,8 +173,7 @@ class DeviceSpeculative(Strategy):
         assert best is not None
         row.steps += n
         self.costs.checked(1, (time.perf_counter() - start) / n)
-        for _ in range(n):
-            self.length.spent(self.costs, 0, 0, 1.0)
+        self.length.plain(self.costs, beside, n)
         return [[*(int(token) for token in run[0, 1:]), int(best[0])]]
 
     def _decide(self, rows: Sequence[TextRow], told: Sequence[Told], new: list[list[int]]) -> None:

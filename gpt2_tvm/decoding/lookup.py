@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from gpt2_tvm.decoding.costs import DraftLength
 from gpt2_tvm.decoding.draft import Draft, Proposal
+from gpt2_tvm.decoding.lengths import DraftLength
 from gpt2_tvm.decoding.sampling import Sampling
 from gpt2_tvm.decoding.speculative import Speculative
 from gpt2_tvm.decoding.strategy import TextRow

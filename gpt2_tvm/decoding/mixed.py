@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from gpt2_tvm.decoding.costs import DraftLength
 from gpt2_tvm.decoding.draft import Draft, ModelDraft, Proposal, check_pair
+from gpt2_tvm.decoding.lengths import DraftLength
 from gpt2_tvm.decoding.lookup import LookupDraft
 from gpt2_tvm.decoding.sampling import Sampling
 from gpt2_tvm.decoding.speculative import Speculative

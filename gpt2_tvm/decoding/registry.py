@@ -43,12 +43,12 @@ def make_strategy(
 
     Raises UserError where a draft is missing, too much, or does not fit.
     """
-    from gpt2_tvm.decoding.costs import draft_length
     from gpt2_tvm.decoding.device_rounds import usable
     from gpt2_tvm.decoding.device_speculative import DeviceSpeculative
     from gpt2_tvm.decoding.draft import check_pair
     from gpt2_tvm.decoding.early import Early, is_early
     from gpt2_tvm.decoding.greedy import Greedy
+    from gpt2_tvm.decoding.lengths import draft_length
     from gpt2_tvm.decoding.lookup import Lookup
     from gpt2_tvm.decoding.mixed import Mixed
     from gpt2_tvm.decoding.naive import Naive
@@ -89,7 +89,7 @@ def make_strategy(
             f"{draft.artifact.path} is not the first layers of {engine.artifact.path}; "
             "make that with python -m gpt2_tvm.decoding.early"
         )
-    if (sampling is None or sampling.greedy) and usable(engine, draft):
+    if usable(engine, draft, sampling):
         return DeviceSpeculative(engine, draft, tokens, sampling)
     if name == "early":
         made = with_model(engine, draft, tokens, sampling)

@@ -214,7 +214,7 @@ def _markdown(result: Json) -> str:
         return "Nothing was measured.\n"
     headings = (
         *("data", "model", "strategy", "draft", "k", "tok/s", "speed-up", "same text", "p50 us", "p95 us"),
-        *("acceptance", "tokens a step", "cost ratio", "predicted", "best k"),
+        *("acceptance", "tokens a step", "cost ratio", "predicted", "off", "best k"),
     )
     table = markdown_table(headings, [_cells(row) for row in rows], 4)
     first = rows[0]
@@ -223,7 +223,7 @@ def _markdown(result: Json) -> str:
         f"\nTokens/s of decoding, mean ± standard deviation over prompts; {first['generated_tokens']} tokens after "
         f"{first['prompts']} prompts in the first row, batch {first['batch']}, on {result['device']}{threads}.\n"
         f"Speed-ups over {result['baseline']}, medians over prompts; predicted: (1 - a^(k+1)) / (1 - a) tokens a step "
-        "at the measured costs of drafting and checking.\n"
+        "at the measured costs of drafting and checking; off: measured over predicted, less one.\n"
     )
     for note in result["notes"]:
         text += f"Note: {note}.\n"
@@ -251,5 +251,6 @@ def _cells(row: Json) -> list[str]:
         number(row["tokens_per_step"]),
         number(row["cost_ratio"], 2),
         number(row["predicted_speedup"]),
+        f"{row['measured_over_predicted'] - 1:+.0%}" if row["measured_over_predicted"] else "",
         "" if row["optimum_length"] is None else str(row["optimum_length"]),
     ]

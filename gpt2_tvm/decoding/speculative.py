@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from gpt2_tvm.decoding.costs import Costs, DraftLength
+from gpt2_tvm.decoding.costs import Costs
+from gpt2_tvm.decoding.device_checks import DeviceChecks, can_check
 from gpt2_tvm.decoding.draft import Draft, ModelDraft, Proposal, check_pair
+from gpt2_tvm.decoding.lengths import DraftLength
 from gpt2_tvm.decoding.rejection import TIE, accept_greedy, accept_sampled, near_tie
 from gpt2_tvm.decoding.sampling import Sampling
 from gpt2_tvm.decoding.strategy import SPARE, Strategy, TextRow, park
@@ -32,7 +34,7 @@ class Speculative(Strategy):
         sampling: as for `Strategy`; the draft's must be the same.
 
     Attributes:
-        costs: what drafting and checking took.
+        costs: what drafting and checking took, the host's work included.
     """
 
     name: ClassVar[str] = "speculative"
@@ -43,6 +45,7 @@ class Speculative(Strategy):
             raise UserError(f"{engine.artifact.path} was compiled without verify; compile with --verify-widths 4,8")
         self.draft, self.length = draft, length
         self.costs = Costs(self._padded)
+        self._checks = DeviceChecks(engine) if self.sampling.greedy and can_check(engine) else None
         self._tie = TIE if engine.artifact.manifest["compute_dtype"] == "float32" else None
 
     def begin(self, rows: Sequence[TextRow]) -> list[int]:
@@ -56,29 +59,37 @@ class Speculative(Strategy):
 
     def step(self, rows: Sequence[TextRow]) -> list[list[int]]:
         """See `Strategy.step`: for each row the drafted tokens that stand and one of the target's own."""
-        # one token is always the target's own: a draft never overruns what may still come, nor the context
+        begun = time.perf_counter()
         if self.length.rests([b for b, row in enumerate(rows) if row.live]):
-            return self._plain(rows)
+            return self._plain(rows, 0.0)
         behind = self.draft.behind(rows)
+        # one token is always the target's own: a draft never overruns what may still come, nor the context
         counts = [
             min(self.length.choose(b, self.costs, behind[b]), row.left - 1) if row.live and row.left > 1 else 0
             for b, row in enumerate(rows)
         ]
         late = self._catch_up(rows, counts) if any(n for n, count in zip(behind, counts, strict=True) if count) else 0
         drafted = self._propose(rows, counts)
+        proposed = time.perf_counter()
         if not any(p.tokens for p in drafted):
-            return self._plain(rows)
+            return self._plain(rows, proposed - begun)
         given = [[row.ids[-1], *p.tokens] if row.live else [SPARE] for row, p in zip(rows, drafted, strict=True)]
         with self.clock("rollback"):
             park(self.engine, rows)
         base = self.engine.positions.copy()
-        logits = self._verify(given)
+        if self._checks is not None and max(map(len, given)) <= self._checks.longest + 1:
+            with self.clock("verify"):
+                drafts = [p.tokens if row.live else None for row, p in zip(rows, drafted, strict=True)]
+                told = self._checks([row.ids for row in rows], drafts)
+            new, doubtful = [t.tokens for t in told], [t.doubtful for t in told]
+        else:
+            logits = self._verify(given)
+            with self.clock("sample"):
+                new, doubtful = self._accept(rows, drafted, logits)
+            with self.clock("rollback"):
+                self.engine.rewind([int(at) + max(1, len(n)) for at, n in zip(base, new, strict=True)])
         for row in rows:
             row.steps += row.live
-        with self.clock("sample"):
-            new, doubtful = self._accept(rows, drafted, logits)
-        with self.clock("rollback"):
-            self.engine.rewind([int(at) + max(1, len(n)) for at, n in zip(base, new, strict=True)])
         if any(doubtful):
             self._decide(rows, given, base, new, doubtful)
         for b, (row, p) in enumerate(zip(rows, drafted, strict=True)):
@@ -91,17 +102,21 @@ class Speculative(Strategy):
                 self.length.saw(b, examined, accepted)
         fresh = [len(n) for n, row in zip(new, rows, strict=True) if row.live]
         longest = max(len(p.tokens) for p in drafted)
-        self.length.spent(self.costs, longest, late, sum(fresh) / len(fresh), 1 + any(doubtful))
+        ended = time.perf_counter()
+        if not any(doubtful):
+            self.costs.checked(longest + 1, ended - proposed)
+        self.length.spent(self.costs, ended - begun, longest, late, sum(fresh) / len(fresh), 1 + any(doubtful))
         return new
 
-    def _plain(self, rows: Sequence[TextRow]) -> list[list[int]]:
-        """A step without drafts: what greedy or sample do."""
+    def _plain(self, rows: Sequence[TextRow], beside: float) -> list[list[int]]:
+        """A step without drafts: what greedy or sample do, after `beside` seconds in search of one."""
         start = time.perf_counter()
         logits = self.decode(rows)
-        self.costs.checked(1, time.perf_counter() - start)
-        self.length.spent(self.costs, 0, 0, 1.0)
         with self.clock("sample"):
-            return [[token] for token in self.choose(logits, rows)]
+            new = [[token] for token in self.choose(logits, rows)]
+        self.costs.checked(1, time.perf_counter() - start)
+        self.length.plain(self.costs, beside)
+        return new
 
     def _catch_up(self, rows: Sequence[TextRow], counts: Sequence[int]) -> int:
         with self.clock("draft"):
@@ -122,12 +137,8 @@ class Speculative(Strategy):
 
     def _verify(self, given: Sequence[Sequence[int]]) -> np.ndarray:
         """Logits [batch, rows, vocab] after each given token."""
-        width = max(map(len, given))
         with self.clock("verify"):
-            start = time.perf_counter()
-            logits = self.engine.verify(given)
-            self.costs.checked(width, time.perf_counter() - start)
-        return logits
+            return self.engine.verify(given)
 
     def _accept(
         self, rows: Sequence[TextRow], drafted: Sequence[Proposal], logits: np.ndarray

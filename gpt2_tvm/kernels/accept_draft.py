@@ -19,6 +19,7 @@ from gpt2_tvm.kernels.gpu_sampling import _threads
 from gpt2_tvm.kernels.spec import GpuLimits
 
 FAR = 3.0e38  # beyond any logit, and finite: WGSL may assume that there is no infinity
+LANES = 16  # of a CPU, that search side by side
 TOLD = 2  # columns of `told` before the tokens: how many these are, and whether the last is in doubt
 
 
@@ -130,22 +131,37 @@ def gpu_near_ties(rows: int, vocab: int, tolerance: float, limits: GpuLimits) ->
 @cache
 def cpu_near_ties(batch: int, rows: int, vocab: int, tolerance: float) -> PrimFunc:
     """`gpu_near_ties` for logits [B, M, V] and best [B, M] on a CPU."""
+    whole = vocab // LANES
 
     @T.prim_func(private=True, check_well_formed=False)
     def near_ties(logits: T.Buffer((batch, rows, vocab), "float32"), best: T.Buffer((batch, rows), "int32")):
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": 8})
         for i in T.serial(batch):
             for r in T.serial(rows):
-                x = T.alloc_buffer((3,), "float32", scope="global")
-                x[0] = T.float32(-FAR)
-                x[1] = T.float32(FAR)
-                for v in T.serial(vocab):
-                    x[1] = T.min(x[1], logits[i, r, v])
-                    if v != best[i, r]:
-                        x[0] = T.max(x[0], logits[i, r, v])
-                x[2] = logits[i, r, best[i, r]]
-                x[1] = T.max(T.abs(x[2]), T.abs(x[1]))
-                if x[0] >= x[2] - T.float32(tolerance) * x[1]:
+                low = T.alloc_buffer((LANES,), "float32", scope="local")
+                close = T.alloc_buffer((LANES,), "int32", scope="local")
+                x = T.alloc_buffer((2,), "float32", scope="global")
+                for v in T.vectorized(LANES):
+                    low[v] = logits[i, r, best[i, r]]
+                    close[v] = 0
+                for j in T.serial(whole):
+                    for v in T.vectorized(LANES):
+                        low[v] = T.min(low[v], logits[i, r, j * LANES + v])
+                x[0] = low[0]
+                for v in T.serial(1, LANES):
+                    x[0] = T.min(x[0], low[v])
+                for j in T.serial(whole * LANES, vocab):
+                    x[0] = T.min(x[0], logits[i, r, j])
+                x[1] = logits[i, r, best[i, r]]
+                x[0] = x[1] - T.float32(tolerance) * T.max(T.abs(x[1]), T.abs(x[0]))
+                for j in T.serial(whole):
+                    for v in T.vectorized(LANES):
+                        close[v] = close[v] + T.Select(logits[i, r, j * LANES + v] >= x[0], 1, 0)
+                for v in T.serial(1, LANES):
+                    close[0] = close[0] + close[v]
+                for j in T.serial(whole * LANES, vocab):
+                    close[0] = close[0] + T.Select(logits[i, r, j] >= x[0], 1, 0)
+                if close[0] > 1:  # itself, and another
                     best[i, r] = -1 - best[i, r]
 
     return near_ties

@@ -3,7 +3,7 @@
 | file | holds |
 | --- | --- |
 | `cases.py` | the cross product of sizes, what one turn gives, and the checks made before anything is timed |
-| `subjects.py`, `peers.py` | what can be timed: an artifact in our engine; the same weights in transformers |
+| `subjects.py`, `peers.py` | what can be timed: our engine; the same weights in transformers, in mlc_llm |
 | `workers.py` | one child process for each of them, asked in turn |
 | `timing.py` | the rounds: every configuration once a round, so that noise hits all alike |
 | `noise.py` | how busy others kept the machine meanwhile |

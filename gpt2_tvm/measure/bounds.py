@@ -28,9 +28,9 @@ def artifact_param_bytes(artifact: Artifact) -> dict[str, int]:
     return {record["name"]: int(record["nbytes"]) for _, record in stored_records(artifact)}
 
 
-def float32_param_bytes(config: GPT2Config) -> dict[str, int]:
-    """Bytes of each parameter in plain float32."""
-    return {name: 4 * prod(shape) for name, shape in expected_tensors(config).items()}
+def plain_param_bytes(config: GPT2Config, dtype: str = "float32") -> dict[str, int]:
+    """Bytes of each parameter in one dtype, without padding."""
+    return {name: _ITEM_BYTES[dtype] * prod(shape) for name, shape in expected_tensors(config).items()}
 
 
 def decode_step_bytes(config: GPT2Config, param_bytes: Mapping[str, int], cache_dtype: str, case: Case) -> float:

@@ -1,19 +1,21 @@
-"""Other programs with the same weights, timed in the same run. Here: transformers in PyTorch's eager mode.
+"""Other programs with the same weights, timed in the same run: transformers in PyTorch's eager mode, and mlc_llm.
 
 The weights are taken out of the artifact itself, so they are the same by construction, whatever the artifact
 was made from; float16 ones are widened to float32. transformers runs as its users run it: its default
-attention (scaled_dot_product_attention), its own KV cache, logits for the last position alone.
+attention (scaled_dot_product_attention), its own KV cache, logits for the last position alone. mlc_llm converts and
+compiles them with its own commands (`mlc.peer`); what it makes is driven as its engine would, the host choosing.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +26,10 @@ from gpt2_tvm.errors import UserError
 from gpt2_tvm.measure.cases import Case, Sample
 from gpt2_tvm.measure.subjects import prompt_of
 
-PEERS = ("transformers",)
+if TYPE_CHECKING:
+    from gpt2_tvm.mlc.lockstep import Lockstep
+
+PEERS = ("transformers", "mlc_llm")
 # What an artifact's kind is called in torch; a peer on another device would be no comparison.
 _TORCH_DEVICES = {"cpu": "cpu", "cuda": "cuda", "rocm": "cuda", "metal": "mps"}
 _FLOATS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -34,13 +39,12 @@ def check_peer(name: str, artifact: Artifact) -> None:
     """Refuse, in one line, a peer that is unknown, not installed, or cannot run what the artifact holds."""
     if name not in PEERS:
         raise UserError(f"unknown --peer {name!r}; there is {', '.join(PEERS)}")
-    missing = [p for p in ("torch", "transformers") if importlib.util.find_spec(p) is None]
-    if missing:
-        raise UserError(f"--peer {name} needs {' and '.join(missing)}: pip install 'gpt2-tvm[reference]'")
-    if artifact.kind not in _TORCH_DEVICES:
-        raise UserError(f"--peer {name}: torch has no {artifact.kind} device to compare {artifact.path} on")
-    if artifact.config.pruned:
-        raise UserError(f"--peer {name}: {artifact.path} is pruned, and {name} has no such model; compare a whole one")
+    if name == "mlc_llm":
+        from gpt2_tvm.mlc.peer import require_runnable
+
+        require_runnable(f"--peer {name}", artifact.config, artifact.kind, artifact.path)
+    else:
+        _check_transformers(name, artifact)
     expected = _expected(artifact.config)
     foreign = [r["name"] for _, r in stored_records(artifact) if r["dtype"] not in _FLOATS or r["name"] not in expected]
     if foreign:
@@ -48,6 +52,16 @@ def check_peer(name: str, artifact: Artifact) -> None:
             f"--peer {name}: {artifact.path} stores quantised weights ({foreign[0]}), which have no float32 "
             "original to compare with; compare an artifact of --quantization q0f32 or q0f16"
         )
+
+
+def _check_transformers(name: str, artifact: Artifact) -> None:
+    missing = [p for p in ("torch", "transformers") if importlib.util.find_spec(p) is None]
+    if missing:
+        raise UserError(f"--peer {name} needs {' and '.join(missing)}: pip install 'gpt2-tvm[reference]'")
+    if artifact.kind not in _TORCH_DEVICES:
+        raise UserError(f"--peer {name}: torch has no {artifact.kind} device to compare {artifact.path} on")
+    if artifact.config.pruned:
+        raise UserError(f"--peer {name}: {artifact.path} is pruned, and {name} has no such model; compare a whole one")
 
 
 def stored_records(artifact: Artifact) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -155,3 +169,52 @@ class TransformersSubject:
             end = time.perf_counter()
         tokens = torch.cat(steps, dim=1).tolist()
         return Sample(middle - start, end - middle, tuple(tuple(row) for row in tokens))
+
+
+class MlcLlmSubject:
+    """An artifact's weights as mlc_llm compiles them (`measure.subjects.Subject`); arguments as of
+    `TransformersSubject`. float16 weights stay float16, others become float32."""
+
+    def __init__(self, path: str, scratch: str, threads: int | None = None) -> None:
+        from gpt2_tvm.mlc import peer
+        from gpt2_tvm.mlc.library import open_library
+        from gpt2_tvm.mlc.lockstep import Lockstep
+        from gpt2_tvm.weights import write_hf_checkpoint
+
+        self._artifact = artifact = open_artifact(path)
+        checkpoint, folder = Path(scratch) / "checkpoint", Path(scratch) / "mlc"
+        scheme = peer.scheme_for(artifact.manifest["quantization"])
+        write_hf_checkpoint(checkpoint, artifact.config, artifact_weights(artifact))
+        if artifact.tokenizer is not None:
+            shutil.copytree(artifact.tokenizer, checkpoint, dirs_exist_ok=True)
+        folder.mkdir()
+        peer.build(checkpoint, folder, "model.so", scheme, artifact.kind)
+        self._library, self._wrap = open_library(folder, artifact.kind, threads=threads), Lockstep
+        self._engine: Lockstep | None = None
+        self._case: Case | None = None
+        self.facts = {
+            "device": self._library.device_name,
+            "threads": self._library.threads,
+            "attention": "paged",
+            "quantization": scheme,
+            "versions": {"mlc_llm": peer.mlc_llm_version()},
+        }
+
+    def turn(self, case: Case) -> Sample:
+        ids = prompt_of(self._artifact, case)
+        if self._engine is None or case != self._case:
+            paged = self._library.engine(case.batch, case.prompt_tokens + case.generate_tokens)
+            self._engine, self._case = self._wrap(paged), case
+        engine = self._engine
+        engine.reset()
+        engine.prefill(ids[:, :1])  # untimed, as in EngineSubject
+        engine.reset()
+        start = time.perf_counter()
+        engine.prefill(ids)
+        middle = time.perf_counter()
+        tokens = engine.decode_greedy(case.generate_tokens)
+        end = time.perf_counter()
+        return Sample(middle - start, end - middle, tuple(tuple(row) for row in tokens.tolist()))
+
+
+SUBJECTS = {"transformers": TransformersSubject, "mlc_llm": MlcLlmSubject}

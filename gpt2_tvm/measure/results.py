@@ -14,6 +14,7 @@ from typing import Any
 from gpt2_tvm.artifact import Artifact
 from gpt2_tvm.measure import bounds
 from gpt2_tvm.measure.cases import Case, Sample
+from gpt2_tvm.quantization import get_scheme
 
 ROW_KEYS = (
     *("model", "target", "quantization", "rules", "attention", "batch", "prompt_tokens", "generate_tokens"),
@@ -61,9 +62,15 @@ def make_row(
     manifest = artifact.manifest
     prefill, decode = rates(case, samples)
     if peer is None:
-        sizes, cache = bounds.artifact_param_bytes(artifact), manifest["compute_dtype"]
+        scheme, sizes, cache = (
+            manifest["quantization"],
+            bounds.artifact_param_bytes(artifact),
+            manifest["compute_dtype"],
+        )
     else:
-        sizes, cache = bounds.float32_param_bytes(artifact.config), "float32"
+        scheme = facts.get("quantization", "q0f32")
+        cache = get_scheme(scheme).compute_dtype
+        sizes = bounds.plain_param_bytes(artifact.config, cache)
     step = bounds.decode_step_bytes(artifact.config, sizes, cache, case)
     gb_s = step * median(decode) / case.batch / 1e9
     gflop_s = bounds.prefill_flops(artifact.config, case) / median(s.prefill_s for s in samples) / 1e9
@@ -71,7 +78,7 @@ def make_row(
     row = {
         "model": manifest["model"],
         "target": manifest["target"]["name"],
-        "quantization": manifest["quantization"] if peer is None else "q0f32",
+        "quantization": scheme,
         "rules": ",".join(manifest["rules"]) or "none" if peer is None else None,
         "attention": facts.get("attention", manifest["attention"]),
         "batch": case.batch,

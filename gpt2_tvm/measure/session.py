@@ -29,7 +29,7 @@ class Session:
         paths: the artifacts' folders.
         cases: what is timed of each.
         repeats, warmups: rounds that are kept, and rounds before them that are not.
-        peer: a name of `peers.PEERS`, or None.
+        peer: names of `peers.PEERS` with commas between, or None.
         device, threads: as for `Engine`; peers and the machine's bounds get as many threads.
         runners: what runs webgpu artifacts, each with a turn of its own: wgpu, node, chromium, browser:PORT.
 
@@ -52,16 +52,19 @@ class Session:
         # contents are hashed by the process that loads them; sizes and the manifest are checked here
         opened = [open_artifact(path, verify=False) for path in self.paths]
         check_runners(self.runners, opened, self.cases)
+        self._peers = tuple(dict.fromkeys(part.strip() for part in (self.peer or "").split(",") if part.strip()))
+        if self.peer is not None and not self._peers:
+            raise UserError(f"--peer {self.peer!r} names nothing; choose of {', '.join(peers.PEERS)}")
         ways = [(a, way) for a in opened for way in (self.runners if a.kind == "webgpu" else [None])]
         self._artifacts, self._ways = [a for a, _ in ways], [way for _, way in ways]
         for artifact in self._artifacts:
             check_fits(artifact, self.cases)
-            if self.peer is not None:
-                peers.check_peer(self.peer, artifact)
+            for peer in self._peers:
+                peers.check_peer(peer, artifact)
         self._samples: Samples = {}
         self._workers: list[Worker] = []
         self._sources: list[tuple[Artifact, str | None]] = []  # a worker's artifact, and its name as a peer
-        self._peer_of: dict[int, int] = {}  # index of an artifact's worker to that of its peer's
+        self._peers_of: list[tuple[int, int]] = []  # indices of an artifact's worker and of a peer's with its weights
         self._machine: Worker | None = None  # measures its own bounds, where an artifact's target does not state them
         self._probes: MachineBounds | None = None
         self._other_cores: float | None = None
@@ -70,7 +73,8 @@ class Session:
     @property
     def turns(self) -> int:
         """How many turns `run` will take."""
-        return (self.warmups + self.repeats) * len(self.cases) * (len(self._artifacts) + len(self._peer_keys()))
+        workers = len(self._artifacts) + len(self._peers) * len(self._peer_keys())
+        return (self.warmups + self.repeats) * len(self.cases) * workers
 
     def samples(self, index: int, case: Case) -> Sequence[Sample]:
         """What was kept of a case by now, for `paths[index]`, a sample a round; with a peer or several
@@ -115,8 +119,8 @@ class Session:
                 self.failures.append(str(error))
 
     def _peer_keys(self) -> dict[str, int]:
-        """Stored weights (by the digests of their files) to the first artifact that has them: one peer each."""
-        if self.peer is None:
+        """Stored weights (by the digests of their files) to the first artifact that has them: one worker a peer."""
+        if not self._peers:
             return {}
         keys: dict[str, int] = {}
         for index, artifact in enumerate(self._artifacts):
@@ -134,27 +138,28 @@ class Session:
             self._workers.append(worker)
             self._sources.append((artifact, None))
             worker.ready()  # one after another: how long each takes to load is measured
-        workers_of_peers = {}
+        workers_of_peers: dict[str, list[int]] = {}
         for key, index in self._peer_keys().items():
-            artifact = self._artifacts[index]
-            say(f"loading {self.peer} with the weights of {artifact.path}", 0)
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpt2-tvm-peer-"))
-            label = f"{self.peer} ({artifact.path})"
-            workers_of_peers[key] = len(self._workers)
-            self._workers.append(Worker(label, peers.TransformersSubject, str(artifact.path), scratch, self.threads))
-            self._sources.append((artifact, self.peer))
+            for peer in self._peers:
+                artifact = self._artifacts[index]
+                say(f"loading {peer} with the weights of {artifact.path}", 0)
+                scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpt2-tvm-peer-"))
+                workers_of_peers.setdefault(key, []).append(len(self._workers))
+                arguments = (str(artifact.path), scratch, self.threads)
+                self._workers.append(Worker(f"{peer} ({artifact.path})", peers.SUBJECTS[peer], *arguments))
+                self._sources.append((artifact, peer))
         if any(a.kind == "cpu" and None in _parts(bounds.target_bounds(a)) for a in self._artifacts):
             say("preparing to measure the machine's own bounds", 0)
             self._machine = Worker("this machine's bounds", MachineSubject, self.threads)
-        for worker, (_, peer) in zip(self._workers, self._sources, strict=True):
-            if peer is not None:
+        for worker, (_, name) in zip(self._workers, self._sources, strict=True):
+            if name is not None:
                 worker.ready()
         if self._machine is not None:
             self._machine.ready()
             self._probes = MachineBounds(self._machine.facts)
         for index, artifact in enumerate(self._artifacts):
-            if self.peer is not None:
-                self._peer_of[index] = workers_of_peers[_weights_key(artifact)]
+            if self._peers:
+                self._peers_of += [(index, worker) for worker in workers_of_peers[_weights_key(artifact)]]
 
     def _bound(self, artifact: Artifact) -> bounds.Bounds:
         """The target's peaks; for a CPU what they leave open as the machine measured it."""
@@ -177,10 +182,10 @@ class Session:
                     bound = limits[self._artifacts.index(artifact)]
                     made[index] = results.make_row(artifact, case, samples, facts, bound, self._date, peer)
             rows += list(made.values())
-            for ours, theirs in self._peer_of.items():
+            for ours, theirs in self._peers_of:
                 if ours in made and theirs in made:
-                    mine, other = self._samples[ours, case], self._samples[theirs, case]
-                    comparisons.append(results.make_comparison(made[ours], str(self.peer), case, mine, other))
+                    mine, other, name = self._samples[ours, case], self._samples[theirs, case], self._sources[theirs][1]
+                    comparisons.append(results.make_comparison(made[ours], str(name), case, mine, other))
         stated = dict.fromkeys(part for limit in limits for part in _parts(limit) if part is not None)
         return {
             "complete": self.complete,

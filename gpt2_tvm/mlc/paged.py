@@ -19,11 +19,13 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache, RopeMode, TIRPagedK
 from tvm.target import Target
 
 from gpt2_tvm.config import GPT2Config
+from gpt2_tvm.kernels.gpu_merge_states import merge_states
 from gpt2_tvm.kernels.spec import AttentionSpec
 from gpt2_tvm.model import GPT2Model, ModelOptions
 from gpt2_tvm.quantization.layers import Matrix
 
 CREATE = "create_tir_paged_kv_cache"
+MERGE = "tir_attention_merge_state"  # what TVM's cache calls its kernel for GPUs
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ class PagedGPT2(nn.Module):
 
 def add_cache_creation(bb: relax.BlockBuilder, config: GPT2Config, dtype: str, target: Target) -> None:
     """Add `create_tir_paged_kv_cache(batch, tokens in all, chunk, page, sliding window 0 or 1)`, each a shape of one
-    number, to the module that `bb` builds. TVM brings its kernels with it; on GPUs they come scheduled."""
+    number, to the module that `bb` builds. TVM brings its kernels with it, which on GPUs come scheduled; of those the
+    one that merges two attentions is ours (`kernels.gpu_merge_states` says why)."""
     names = ("max_batch_size", "max_total_seq_len", "prefill_chunk_size", "page_size", "support_sliding_window")
     sizes = {name: tirx.Var(name, "int64") for name in names}
     params = [relax.Var(f"{name}_", relax.ShapeType([size])) for name, size in sizes.items()]
@@ -184,3 +187,6 @@ def add_cache_creation(bb: relax.BlockBuilder, config: GPT2Config, dtype: str, t
             target=target,
         )
         bb.emit_func_output(cache._expr)
+    if target.kind.name != "llvm":
+        ours = merge_states(config.n_head, config.head_dim, dtype).with_attr("global_symbol", MERGE)
+        bb.update_func(bb.get().get_global_var(MERGE), ours)

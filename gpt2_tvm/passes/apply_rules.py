@@ -32,7 +32,7 @@ def apply_rules(mod: tvm.IRModule, rules: Sequence[tuple[str, Any]], target: Tar
             continue
         name = global_var.name_hint
         if is_scheduled(func):
-            hits.append(Hit(name, OURS))
+            hits.append(Hit(name, str(func.attrs.get("scheduled_by", OURS))))
             continue
         for rule_name, rule in rules:
             try:

@@ -26,7 +26,7 @@ from tvm import relax, tirx
 from tvm.ir import GlobalVar
 
 PREFIX = "graph_"
-STEPS = re.compile(r"(decode|greedy|sample|verify|keep|speculate)_b\d+(_m\d+)?")
+STEPS = re.compile(r"(decode|greedy|sample|verify|keep|speculate|propose|decide|stream)_b\d+(_m\d+)?")
 RUN_OR_CAPTURE = "vm.builtin.cuda_graph.run_or_capture"
 CACHED_ALLOC = "vm.builtin.cuda_graph.get_cached_alloc"
 

@@ -33,7 +33,7 @@ class VmRunner:
         from tvm.runtime.vm import VirtualMachine
 
         self.device = _device(artifact, device)
-        self.threads = _pool(threads) if artifact.kind == "cpu" else None
+        self.threads = set_up_pool(threads) if artifact.kind == "cpu" else None
         self._graphed = frozenset(artifact.manifest.get("cuda_graph") or ())
         self.graphs = StepGraphs(CudaDriver(self.device)) if self._graphed else None
         try:
@@ -45,7 +45,7 @@ class VmRunner:
             raise UserError(
                 f"{artifact.library} does not load here ({first}); compile it again for this machine"
             ) from error
-        self.device_name = _device_name(self.device, artifact.kind)
+        self.device_name = device_name(self.device, artifact.kind)
         tensors = load_tensors(artifact.params, None if artifact.kind == "cpu" else self.device)
         missing = [name for name in artifact.manifest["params"] if name not in tensors]
         if missing:
@@ -116,8 +116,6 @@ def _untouched(shape: Sequence[int], dtype: str) -> Handle:
 
 
 def _device(artifact: Artifact, wanted: str | None) -> Any:
-    import tvm
-
     kind, name = artifact.kind, artifact.path
     if wanted is not None and wanted.split(":")[0] != kind:
         raise UserError(
@@ -125,6 +123,15 @@ def _device(artifact: Artifact, wanted: str | None) -> Any:
         )
     if kind == "cpu":
         _check_cpu(artifact)
+    return tvm_device(kind, wanted, name)
+
+
+def tvm_device(kind: str, wanted: str | None, name: object) -> Any:
+    """TVM's device: `wanted` ("cuda:1"), or the first of its kind. UserError, which calls what is for it `name`, where
+    there is none."""
+    import tvm
+
+    if kind == "cpu":
         return tvm.cpu(0)
     if kind == "cuda":
         from gpt2_tvm.toolchains import cuda_runtime
@@ -155,7 +162,7 @@ def _check_cpu(artifact: Artifact) -> None:
         )
 
 
-def _pool(wanted: int | None) -> int:
+def set_up_pool(wanted: int | None) -> int:
     """Set up this thread's pool -> how many threads it runs."""
     threads = check_threads(wanted)
     prepare_pools()
@@ -179,7 +186,8 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _device_name(device: Any, kind: str) -> str:
+def device_name(device: Any, kind: str) -> str:
+    """A device's name for tables and records."""
     if kind == "cpu":
         return processor_name()
     return str(getattr(device, "device_name", kind))

@@ -84,6 +84,18 @@ def _wide_gemv(_: DeviceTarget) -> ScheduleRule:
     return wide_gemv()
 
 
+class _Emitted:
+    """A rule that takes nothing: the function it stands for comes scheduled, and the model calls it where the rule is
+    among a plan's (`kernels.persistent`)."""
+
+    def apply(self, func: Any, target: Any, tunable: bool) -> None:
+        return None
+
+
+def _persistent(_: DeviceTarget) -> Any:
+    return _Emitted()
+
+
 def _dlight_cpu(name: str) -> Callable[[DeviceTarget], Any]:
     def make(_: DeviceTarget) -> ScheduleRule:
         from tvm.s_tir import dlight
@@ -130,6 +142,7 @@ RULES: dict[str, Callable[[DeviceTarget], Any]] = {
     "quantised-gemv": _quantised_gemv,
     "wide-gemv": _wide_gemv,
     "norm-gemv": _norm_gemv,
+    "persistent": _persistent,
     "reduction": _gpu("Reduction"),
     "general-reduction": _gpu("GeneralReduction"),
     "fallback": _gpu("Fallback"),

@@ -5,6 +5,7 @@
     logits = the upper layers and the head of these rows
     accept: the branch that greedy decoding goes down; its keys and values move to the front of every layer's cache
     streams = the upper layers of G rows that start from the last row of that branch, and the head
+    tell: the branch's tokens and the streams' likeliest ones, a few integers
 
 The paper gives every row of the tree its own streams, as nobody knows yet which will be the last; here they follow once
 it is known, in the same call: the same candidates from G rows instead of M * G, for a second look at the upper layers'
@@ -20,9 +21,11 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
 from gpt2_tvm.attention import Rows
+from gpt2_tvm.decoding.rejection import TIE
 from gpt2_tvm.kernels.math import activation as activate
 from gpt2_tvm.quantization import Scheme
 from gpt2_tvm.quantization.layers import Linear, Matrix, WeightLayout
+from gpt2_tvm.speculation import best_of_rows
 from gpt2_tvm.streams import LINEARS, StreamPlan
 from gpt2_tvm.streams import tree as trees
 
@@ -126,10 +129,12 @@ def stream_step(
     positions: Tensor,
     lengths: Tensor,
     caches: list[Tensor],
+    look: bool = False,
 ) -> tuple[Any, ...]:
     """See the module. Inputs int32 [B, M] and [B], as in `tree`; caches are written in place.
 
-    Returns logits [B, K, V] of the kept rows, logits [B, G, V] of the streams, counts [B] (rows of the branch that
+    Returns what the host is told (`stream_told.tell_host`; in float32 a branch ends at a near tie) and the caches;
+    with `look` logits [B, K, V] of the kept rows, logits [B, G, V] of the streams, counts [B] (rows of the branch that
     stood), kept [B, K] (which rows of the tree these are), and the caches.
     """
     streams, blocks, kernels = model.streams, list(model.transformer.h), model.kernels
@@ -149,7 +154,8 @@ def stream_step(
         top, held[i] = run_block(blocks[i], top, held[i], rows)
     logits = model.logits(top)
 
-    best = trees.most_likely(kernels, logits, branches.lengths)
+    tolerance = TIE if model.options.scheme.compute_dtype == "float32" else None
+    best = best_of_rows(kernels, logits, branches.lengths, tolerance)
     path, counts, after, taking = trees.accept(kernels, best, branches, positions, streams.count)
     path_below = path if kept is None else trees.take(kept, path, "take_path")
     for i, block in enumerate(blocks):
@@ -159,4 +165,6 @@ def stream_step(
     s = streams.start(x, path, counts)
     for i, adapters in zip(range(lower, len(blocks)), streams.h, strict=True):
         s, held[i] = run_block(blocks[i], s, held[i], chain, adapters)
-    return (logits, model.logits(s), counts, kept if kept is not None else path, *held)
+    if look:
+        return (logits, model.logits(s), counts, kept if kept is not None else path, *held)
+    return (trees.tell(kernels, best, path, counts, model.logits(s)), *held)

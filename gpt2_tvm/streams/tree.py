@@ -9,6 +9,7 @@ from tvm import te, tirx
 from tvm.relax.frontend.nn import Tensor, op
 
 from gpt2_tvm.attention import AttentionKernels, CpuKernels
+from gpt2_tvm.kernels.stream_told import CHOICES, TOLD, cpu_choices, gpu_choices, tell_host
 from gpt2_tvm.kernels.stream_tree import accept_branch, cpu_argmax, prune_tree
 
 
@@ -103,3 +104,27 @@ def accept(
     )
     path, counts, after, taking, _ = made
     return path, counts, after, taking
+
+
+def choices(kernels: AttentionKernels, logits: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, G, V] float32 -> the likeliest tokens of each row, int32 and float32 [B, G, C]: ids and log-probabilities;
+    without meaning where counts [B] are 0."""
+    b, g, vocab = (int(s) for s in logits.shape)
+    count = min(CHOICES, vocab)
+    if not on_gpu(kernels):
+        out = [Tensor.placeholder([b, g, count], dtype) for dtype in ("int32", "float32")]
+        ids, logs = op.tensor_ir_op(cpu_choices(b, g, vocab, count), "choices", [logits, counts], out)
+        return ids, logs
+    func = gpu_choices(b * g, vocab, count, plain(kernels).limits)  # type: ignore[attr-defined]
+    out = [Tensor.placeholder([b * g, count], dtype) for dtype in ("int32", "float32")]
+    ids, logs = op.tensor_ir_op(func, "choices", [op.reshape(logits, [b * g, vocab])], out)
+    return op.reshape(ids, [b, g, count]), op.reshape(logs, [b, g, count])
+
+
+def tell(kernels: AttentionKernels, best: Tensor, path: Tensor, counts: Tensor, logits: Tensor) -> Tensor:
+    """What the host needs of a step, streams' logits [B, G, V] included -> int32 [B, …] (`stream_told.tell_host`)."""
+    ids, logs = choices(kernels, logits, counts)
+    b, rows, g, count = (int(s) for s in (*best.shape, *ids.shape[1:]))
+    func = tell_host(b, rows, g, count, on_gpu(kernels))
+    out = Tensor.placeholder([b, TOLD + rows + 2 * g * count], "int32")
+    return op.tensor_ir_op(func, "tell_host", [best, path, counts, ids, logs], out)

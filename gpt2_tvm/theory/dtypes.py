@@ -44,7 +44,7 @@ class Dtypes:
     def matrix_bytes(self, rows: int, columns: int) -> Fraction:
         """Bytes of a weight matrix [rows, columns], its scales included."""
         groups = rows * -(-columns // INT4_GROUP)
-        scales = {"int8": 4 * rows, "int4": self.size("activations") * groups}.get(self.weights, 0)
+        scales = {"int8": Fraction(4 * rows), "int4": self.size("activations") * groups}.get(self.weights, Fraction(0))
         return self.size("weights") * rows * columns + scales
 
     def scales_an_output(self, columns: int) -> int:

@@ -22,6 +22,9 @@ _ARGUMENTS = (
 )
 
 
+_CAST = re.compile(r"\(((?:half|float|u?int|u?short|u?char|u?long)[234])\)(?=[\w(*])")  # of a vector, see the shim
+
+
 @dataclass(frozen=True)
 class Report:
     """The kernels that were looked at, and the errors: "kernel:line:column: message", lines of the kernel."""
@@ -43,6 +46,7 @@ def check(source: str) -> Report:
         names.append(kernel.group(1))
         # In C++ an automatic variable can have no address space; a static one can, and nothing else changes.
         text = re.sub(r"^(\s*)threadgroup\s+(\w+\s+\w+\s*\[)", r"\1static threadgroup \2", part, flags=re.MULTILINE)
+        text = _CAST.sub(r"shim_to<\1>() ->* ", text)
         unit = index.parse("kernel.cpp", args=list(_ARGUMENTS), unsaved_files=[("kernel.cpp", text)])
         for found in unit.diagnostics:
             if found.severity >= cindex.Diagnostic.Error:

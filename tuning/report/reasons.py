@@ -101,6 +101,12 @@ def why_not(rule: str, work: Work) -> str:
             return NO_PRODUCT
         if work.prologue:
             return "it reduces before the product, and every block would have to do that again for all of its rows"
+    elif rule == "tensor-matmul":
+        if not work.product:
+            return NO_PRODUCT
+        if work.prologue:
+            return "it reduces before the product; tensor cores are fed two matrices as they lie in memory"
+        return "it is not two plain matrices of float16 with a depth that divides into the steps of tensor cores"
     elif rule in ("cpu-matmul", "cpu-gemv"):
         if not (work.product and work.packed):
             return "it is not a product with a weight in panels"

@@ -173,6 +173,7 @@ def _dynamic_shared(plan: Plan, lowered: Lowered, source: str) -> dict[str, int]
     from tvm import tirx
     from tvm.tirx.build import split_host_device_mods
 
+    from gpt2_tvm.host_code import launch_values
     from gpt2_tvm.schedules.webgpu_pipeline import tir_pipeline
 
     functions = {v: f for v, f in lowered.final.functions_items() if v.name_hint in wanted}
@@ -186,9 +187,7 @@ def _dynamic_shared(plan: Plan, lowered: Lowered, source: str) -> dict[str, int]
     def launch(call: Any) -> None:
         if not str(getattr(call.op, "name", "")).endswith("call_ffi_kernel"):
             return
-        tags = [str(tag) for tag in call.attrs.launch_params]
-        given = dict(zip(tags, list(call.args)[len(call.args) - len(tags) :], strict=True))
-        size = given.get("tirx.use_dyn_shared_memory")
+        size = launch_values(call).get("tirx.use_dyn_shared_memory")
         if isinstance(size, tirx.IntImm):
             found[str(call.args[0].value)] = int(size)
 

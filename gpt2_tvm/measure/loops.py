@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 READ_BYTES = 256 << 20  # far more than a cache holds
-# Streams that a thread reads side by side: each is a prefetcher's own, and one core needs several to be kept busy. Asking
-# for lines ahead besides, as a GEMV of one stream does (schedules/cpu_gemv.py), makes four streams no faster.
+# Streams that a thread reads side by side: each is a prefetcher's own, and one core needs several to be kept busy. With
+# four of them it is no faster to ask for lines ahead as well, as a GEMV of one stream does (schedules/cpu_gemv.py).
 STREAMS = 4
 VECTORS = 4  # of a stream in each step: a cache line or more with any vector width
 FMA_STEPS = 1_000_000

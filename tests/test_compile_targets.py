@@ -39,12 +39,16 @@ def gpt2_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def models(gpt2: str) -> pytest.MarkDecorator:
-    """The small model in both dtypes, and GPT-2 124M in the one given."""
-    small = [pytest.param("small_model", dtype, id=f"{dtype}-small") for dtype in DTYPES]
+def models(usual: str) -> pytest.MarkDecorator:
+    """The small model in the dtype that is usual for a family; heavy: in the other too, and GPT-2 124M in the first."""
+    (other,) = set(DTYPES) - {usual}
+    heavy = [("small_model", other, f"{other}-small"), ("gpt2_model", usual, f"{usual}-124M")]
     return pytest.mark.parametrize(
         ("model", "quantization"),
-        [*small, pytest.param("gpt2_model", gpt2, id=f"{gpt2}-124M", marks=pytest.mark.heavy)],
+        [
+            pytest.param("small_model", usual, id=f"{usual}-small"),
+            *(pytest.param(model, dtype, id=name, marks=pytest.mark.heavy) for model, dtype, name in heavy),
+        ],
     )
 
 
@@ -104,7 +108,7 @@ def test_metal(model: str, quantization: str) -> None:
 @pytest.mark.parametrize(
     ("model", "quantization", "gfx"),
     [
-        ("small_model", "q0f32", "gfx1100"),
+        pytest.param("small_model", "q0f32", "gfx1100", marks=pytest.mark.heavy),
         ("small_model", "q0f16", "gfx1100"),
         *(pytest.param("small_model", dtype, gfx, marks=pytest.mark.heavy) for gfx in CDNA for dtype in DTYPES),
         pytest.param("gpt2_model", "q0f16", "gfx942", marks=pytest.mark.heavy),

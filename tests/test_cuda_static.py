@@ -94,7 +94,7 @@ def matmuls(made: Built) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("quantization", DTYPES)
+@pytest.mark.parametrize("quantization", ["q0f16", pytest.param("q0f32", marks=pytest.mark.heavy)])
 class TestSass:
     pytestmark = needs_tools
 

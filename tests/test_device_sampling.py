@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
+from device_pairs import CONFIG, SPREAD, WEBGPU, counting, externs, opened, pair, prompts
 from reference import checkpoint
 from test_decoding_rejection import CHI2_99_124, DRAWS, VOCAB, K, chains
-from test_device_speculation import CONFIG, SPREAD, WEBGPU, counting, externs, opened, pair, prompts
 from wgsl_harness import device, run
 
 from gpt2_tvm import Engine

@@ -23,33 +23,36 @@ from targets import load_target
 
 GPUS = ("cuda", "webgpu", "metal", "rocm")
 LAYERS = 2
+Sizes = tuple[tuple[int, ...], tuple[int, ...]]
 DEQUANTIZE = "dequantize-gemv"
 # 1024 positions, so that a head's slots are split; sizes that no thread count divides
 CONFIG = GPT2Config(vocab_size=101, n_positions=1024, n_embd=36, n_layer=LAYERS, n_head=3)
 
 
-def lowered(target: str, passes: str, quantization: str = "q0f32", rules: str = "full") -> tuple[Any, Any]:
-    return _lowered(target, passes, quantization, rules)  # one key, whether the defaults are written or not
+ONE: Sizes = ((1,), ())  # what decode alone is asked with: a third of the functions, and of the time
+SEVERAL: Sizes = ((1, 3), (2,))
 
 
 @cache
-def _lowered(target: str, passes: str, quantization: str, rules: str) -> tuple[Any, Any]:
+def lowered(
+    target: str, passes: str, quantization: str = "q0f32", rules: str = "full", sizes: Sizes = ONE
+) -> tuple[Any, Any]:
+    """(lowered, plan) of `CONFIG`. sizes: batches, and widths of verify. `table` asks with all five in a row."""
     from gpt2_tvm.build import lower_plan
 
+    batches, widths = sizes
     plan = make_plan(
-        CONFIG, load_target(target), quantization, rules, batch_sizes=(1, 3), verify_widths=(2,), passes=passes
+        CONFIG, load_target(target), quantization, rules, batch_sizes=batches, verify_widths=widths, passes=passes
     )
     with plan.target.tvm_target():
         return lower_plan(plan)[0], plan
 
 
-def table(target: str, passes: str, quantization: str = "q0f32", rules: str = "full") -> dict[str, Any]:
-    return _table(target, passes, quantization, rules)
-
-
 @cache
-def _table(target: str, passes: str, quantization: str, rules: str) -> dict[str, Any]:
-    return function_table(*_lowered(target, passes, quantization, rules))
+def table(
+    target: str, passes: str, quantization: str = "q0f32", rules: str = "full", sizes: Sizes = ONE
+) -> dict[str, Any]:
+    return function_table(*lowered(target, passes, quantization, rules, sizes))
 
 
 # Sets ---------------------------------------------------------------------------------------------------------------
@@ -105,12 +108,14 @@ def launches(low: Any, plan: Any, name: str) -> int:
     return sum(times * len(host[function]) for function, times in count.items())
 
 
-@pytest.mark.parametrize("target", GPUS)
+@pytest.mark.parametrize(
+    "target", ["cuda", "webgpu", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("metal", "rocm"))]
+)
 def test_launches_of_a_step(target: str) -> None:
     """A layer: LayerNorm with c_attn, attention with the append, c_proj with what merges the splits, LayerNorm with
     c_fc, mlp.c_proj. A step: embedding, LayerNorm with the head, argmax."""
-    low, plan = lowered(target, "all")
-    found = table(target, "all")
+    low, plan = lowered(target, "all", "q0f32", "full", SEVERAL)
+    found = table(target, "all", sizes=SEVERAL)
     assert found["launches_per_decode"] == launches(low, plan, "greedy_b1") == 5 * LAYERS + 3
     for name in ("decode_b1", "decode_b3", "verify_b1_m2", "verify_b3_m2"):
         assert found["launches"][name] == launches(low, plan, name) == 5 * LAYERS + 2
@@ -159,7 +164,7 @@ def test_dequantised_apart_is_a_function_of_its_own(target: str) -> None:
 def test_rules_without_ours_leave_norms_alone() -> None:
     """The study's rule sets know no kernel of ours that a rule must make."""
     for rules in ("stock", "baseline"):
-        _, plan = lowered("cuda", "all", rules=rules)
+        _, plan = lowered("cuda", "all", "q0f32", rules, ONE)
         assert "norm-gemv" not in plan.passes and "linear-gelu" in plan.passes
         assert not any(row["rule"] == "norm-gemv" for row in table("cuda", "all", rules=rules)["functions"])
 
@@ -191,8 +196,9 @@ def logits(model: Path, target: str, quantization: str, passes: str, folder: Pat
     )
     found: list[np.ndarray] = []
     ids = np.random.default_rng(0).integers(0, 97, 70)
+    engine = Engine(made)  # once: a device compiles its shaders
     for prompts in ([ids.tolist()], [ids.tolist(), ids[:5].tolist()]):
-        engine = Engine(made)
+        engine.reset()
         found.append(engine.prefill(prompts))
         found.append(engine.decode([7] * len(prompts)))
         found.append(engine.verify([[1, 2, 3]] * len(prompts)))
@@ -219,8 +225,14 @@ def same(model: Path, target: str, quantization: str, sets: list[str], tmp_path:
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max(), err_msg=passes)
 
 
-def test_cpu_results_are_those_of_every_set(odd_model: Path, tmp_path: Path) -> None:
-    same(odd_model, "cpu", "q8f32", ["none", "only-norm-residual", "without-linear-residual"], tmp_path, 1e-5)
+def test_cpu_results_without_any_pass_are_those_with_all(odd_model: Path, tmp_path: Path) -> None:
+    same(odd_model, "cpu", "q8f32", ["none"], tmp_path, 1e-5)
+
+
+@pytest.mark.heavy
+def test_cpu_results_where_the_residual_is_added_alone(odd_model: Path, tmp_path: Path) -> None:
+    """By norm-residual, once without and once with the other passes."""
+    same(odd_model, "cpu", "q8f32", ["only-norm-residual", "without-linear-residual"], tmp_path, 1e-5)
 
 
 def single(target: str, quantization: str, *forms: str) -> list[str]:

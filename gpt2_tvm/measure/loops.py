@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 READ_BYTES = 256 << 20  # far more than a cache holds
-STREAMS = 4  # that a thread reads side by side: each is a prefetcher's own, and one core needs several to be kept busy
+# Streams that a thread reads side by side: each is a prefetcher's own, and one core needs several to be kept busy. With
+# four of them it is no faster to ask for lines ahead as well, as a GEMV of one stream does (schedules/cpu_gemv.py).
+STREAMS = 4
 VECTORS = 4  # of a stream in each step: a cache line or more with any vector width
 FMA_STEPS = 1_000_000
 FMA_ROWS = 8  # rows of two vectors: 16 sums side by side hide the latency of a multiply-add

@@ -23,8 +23,8 @@ PRIOR, PRIOR_WEIGHT = 0.6, 4.0  # the acceptance that is assumed before any was 
 MOST = 0.99  # acceptance is never taken for certain
 HOLD, SURE = 7, 16  # rounds for which a choice holds, once so many tokens were looked at
 IDLE, IDLE_MOST = 16, 256  # rounds without drafts until one is tried again; twice as many each time it does not pay
-# plain steps: credit of a text at first (what other texts won is no reason to lose as much in this one); up to that, what
-# a text begins with for each token that it may have; for each plain step; how much these make; how much gains make
+# plain steps: credit of a text at first (what other texts won is no reason to lose as much in this one); up to that,
+# what a text begins with for each token that it may have; for each plain step; how much these make; how much gains make
 START, LEND, EARN, EARN_MOST, CREDIT_MOST = 2.25, 0.02, 0.01, 4.0, 8.0
 
 

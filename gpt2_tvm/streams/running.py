@@ -14,7 +14,7 @@ from gpt2_tvm.errors import UserError
 if TYPE_CHECKING:
     from gpt2_tvm.engine import Engine
 
-Rows = Sequence[Sequence[int]] | Sequence[np.ndarray]
+Rows = Sequence[Any]  # ids of each sequence, a list or an int array
 TOLD = 2  # columns of what is told before the tokens, as in `kernels.stream_told`, which needs a compiler
 
 

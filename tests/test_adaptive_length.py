@@ -14,7 +14,7 @@ from reference import checkpoint
 from gpt2_tvm import Engine, compile_model
 from gpt2_tvm.config import GPT2Config
 from gpt2_tvm.decoding.costs import Costs
-from gpt2_tvm.decoding.lengths import CREDIT_MOST, EARN, EARN_MOST, START, Adaptive
+from gpt2_tvm.decoding.lengths import CREDIT_MOST, EARN, EARN_MOST, LEND, START, Adaptive
 from gpt2_tvm.decoding.lookup import Index
 from gpt2_tvm.decoding.planted import Plan
 from gpt2_tvm.decoding.registry import make_strategy
@@ -228,8 +228,11 @@ def test_credit_is_spent_earned_and_limited() -> None:
         adaptive.spent(costs, 2.1, 3, 0, 4.0)
     assert adaptive.credit == CREDIT_MOST
     assert adaptive.choose(0, costs, behind=30) > 0
-    adaptive.start(1)
+    adaptive.start(1, 64)
     assert adaptive.credit == START and adaptive.choose(0, costs, behind=30) == 0
+    adaptive.credit = -1.0
+    adaptive.start(1, 50)
+    assert adaptive.credit == pytest.approx(50 * LEND - 1)
 
 
 def test_a_round_that_the_machine_held_up_is_not_the_drafts_fault() -> None:

@@ -109,7 +109,7 @@ def test_never_slower_than_greedy_by_more_than_a_twentieth(
 def test_streams_that_are_right_gain_nearly_what_they_can(metered: Any) -> None:
     for rate, cost in ((0.8, 1.4), (0.9, 1.8)):
         always = metered(rate, cost, 0.1, [400, 400], depth="3")
-        assert always > 1.5 and metered(rate, cost, 0.1, [400, 400]) > 0.9 * always
+        assert always > 1.5 and metered(rate, cost, 0.1, [400, 400]) > 0.85 * always
 
 
 def test_streams_that_are_too_slow_are_hardly_asked(metered: Any) -> None:

@@ -73,7 +73,7 @@ def test_a_step_that_would_take_two_graphs_is_refused(monkeypatch: pytest.Monkey
     """The result's memory is what splits a step: without that rewrite the last kernel stays outside."""
     lowered = lower_plan(plan_for("h200", cuda_graph=False))[0].lowered
     monkeypatch.setattr(cuda_graph, "_planned", lambda binding, builder: (binding,))
-    with pytest.raises(RuntimeError, match="decode_b1 does not fall into one CUDA graph"):
+    with pytest.raises(RuntimeError, match="decide_b1_m4 does not fall into one CUDA graph"):
         cuda_graph.add_graph_steps(lowered)
 
 

@@ -187,8 +187,8 @@ def test_a_cpu_has_no_grid() -> None:
 
 def test_roles_name_layers() -> None:
     roles = [r["role"] for r in table("webgpu")["functions"]]
-    assert "decode, greedy: ln_2, mlp.c_fc + bias + gelu_new" in roles  # LayerNorm in the product's prologue
-    assert "decode, greedy: ln_f, logits (wte)" in roles
+    assert "decode, greedy, propose: ln_2, mlp.c_fc + bias + gelu_new" in roles  # LayerNorm in the product's prologue
+    assert "decode, greedy, propose: ln_f, logits (wte)" in roles
     assert "prefill, score: mlp.c_fc + bias + gelu_new" in roles
     assert not any(re.search(r"_b\d", role.partition(":")[0]) for role in roles)
 

@@ -144,7 +144,10 @@ def test_what_is_wrong_shows(monkeypatch: pytest.MonkeyPatch, found: str, instea
     try:  # in a process of its own: where blocks would hang a GPU, it ends
         child = multiprocessing.get_context("fork").Process(target=steps)
         child.start()
-        child.join()
+        child.join(60)
+        if child.is_alive():  # blocks that wait for ever show it too
+            child.kill()
+            child.join()
         assert child.exitcode
     finally:
         persistent_step.cache_clear()

@@ -59,7 +59,7 @@ class DeviceSpeculative(Strategy):
         self.rounds.fresh = False
         if not self.sampling.greedy:
             self.rounds.seeds = np.array([rng.integers(2**31) for rng in self.rngs], np.int32)
-        self.length.start(len(rows))
+        self.length.start(len(rows), min(row.room for row in rows))
         if self.length.wants_draft():
             start = time.perf_counter()
             draft.prefill([row.ids for row in rows])

@@ -5,7 +5,8 @@ stand and what a draft step and a round that checks k + 1 tokens take here. It i
 for it, in plain steps of the target: some to begin with, a little for each step without a draft, and what drafts have
 gained. Every round is charged what the clock says of it, first ones and tries too; one that could lose more than there
 is, should nothing stand, is not made. So a text with adaptive drafts takes no longer than START + (1 + EARN) * tokens
-of these steps, whatever the draft, as far as a round's cost is what it was in the rounds before.
+of these steps, and many texts no longer than START + (1 + LEND + EARN) * tokens, whatever the draft, as far as a
+round's cost is what it was in the rounds before.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ PRIOR, PRIOR_WEIGHT = 0.6, 4.0  # the acceptance that is assumed before any was 
 MOST = 0.99  # acceptance is never taken for certain
 HOLD, SURE = 7, 16  # rounds for which a choice holds, once so many tokens were looked at
 IDLE, IDLE_MOST = 16, 256  # rounds without drafts until one is tried again; twice as many each time it does not pay
-# plain steps: credit of a text at first (what other texts won is no reason to lose as much in this one), for each plain
-# step, how much these make, and how much gains make
-START, EARN, EARN_MOST, CREDIT_MOST = 2.5, 0.008, 4.0, 8.0
+# plain steps: credit of a text at first (what other texts won is no reason to lose as much in this one); up to that,
+# what a text begins with for each token that it may have; for each plain step; how much these make; how much gains make
+START, LEND, EARN, EARN_MOST, CREDIT_MOST = 2.25, 0.02, 0.01, 4.0, 8.0
 
 
 class DraftLength:
@@ -33,8 +34,8 @@ class DraftLength:
     def __init__(self, k: int) -> None:
         self.k = k
 
-    def start(self, batch: int) -> None:
-        """New texts begin."""
+    def start(self, batch: int, room: int = 0) -> None:
+        """New texts begin, of `room` tokens at most."""
 
     def wants_draft(self) -> bool:
         """Whether a draft should take in new prompts at once; otherwise it does when it is first asked."""
@@ -98,10 +99,10 @@ class Adaptive(DraftLength):
     all: _Seen = field(default_factory=_Seen)  # of all texts so far: where the next one starts
     _rows: list[_Seen] = field(default_factory=list)
 
-    def start(self, batch: int) -> None:
-        """New texts begin, with what all before them have shown."""
+    def start(self, batch: int, room: int = 0) -> None:
+        """See `DraftLength.start`: with what all texts before have shown."""
         self._rows = [_Seen(idle=self.all.idle, patience=self.all.patience) for _ in range(batch)]
-        self.credit = min(self.credit, START)
+        self.credit = min(self.credit + LEND * room, START)
 
     def wants_draft(self) -> bool:
         """See `DraftLength.wants_draft`: not while drafts do not pay, unless it is time for another try."""

@@ -51,7 +51,7 @@ class Speculative(Strategy):
     def begin(self, rows: Sequence[TextRow]) -> list[int]:
         """See `Strategy.begin`."""
         first = super().begin(rows)
-        self.length.start(len(rows))
+        self.length.start(len(rows), min(row.room for row in rows))
         start = time.perf_counter()
         taken = self.draft.begin(rows, self.rngs, self.length.wants_draft())
         self.costs.caught_up(time.perf_counter() - start, taken)

@@ -86,7 +86,7 @@ class Streaming(Strategy):
     def begin(self, rows: Sequence[TextRow]) -> list[int]:
         """See `Strategy.begin`."""
         first = super().begin(rows)
-        self.length.start(len(rows))
+        self.length.start(len(rows), min(row.room for row in rows))
         self._said, self._begun = [None] * len(rows), [False] * len(rows)
         return first
 

@@ -297,7 +297,7 @@ def test_every_quantised_scheme_is_for_every_gpu(target: str) -> None:
     for scheme in QUANTISED:
         assert make_plan(ODD, load_target(target), scheme).scheme == get_scheme(scheme)
     for scheme in SCHEMES:
-        if scheme not in QUANTISED and not scheme.startswith("q0f"):
+        if scheme not in QUANTISED and not scheme.startswith("q0f") and (scheme, target) != ("q16f32", "webgpu"):
             with pytest.raises(UserError) as refused:
                 make_plan(ODD, load_target(target), scheme)
             message = str(refused.value)

@@ -160,11 +160,12 @@ def _measure(
 
     from gpt2_tvm.build import versions
     from gpt2_tvm.datasets import load
-    from gpt2_tvm.decoding.cached import add_cache_gain
+    from gpt2_tvm.decoding.cached import Meter, add_cache_gain
     from gpt2_tvm.decoding.measuring import Bench, Journal
     from gpt2_tvm.decoding.prompts import make_units
     from gpt2_tvm.decoding.report import make_rows
     from gpt2_tvm.engine import Engine
+    from gpt2_tvm.measure.loops import can_compile
     from gpt2_tvm.measure.noise import BUSY_CORES, OtherLoad
     from gpt2_tvm.tokenizer import load_tokenizer
 
@@ -194,20 +195,28 @@ def _measure(
         "datasets": specs,
         "options": options,
     }
+    first = next(iter(engines.values()))
+    naive = any(subject.strategy == "naive" for subject in subjects)
+    meter = Meter(first.threads) if naive and first.threads and can_compile() else None
     with tempfile.TemporaryDirectory() as scratch:
         load_meanwhile = OtherLoad([])
         with Journal(records or Path(scratch) / "turns.jsonl") as journal:
             journal.open(header, fresh)
             with cli.progress(bench.turns) as say:
-                bench.run(journal, say)
+
+                def told(what: str, done: int) -> None:
+                    say(what, done)
+                    if meter is not None:
+                        meter.sample()
+
+                bench.run(journal, told)
         others = load_meanwhile.cores()
     baseline = "greedy" if sampling.greedy else "sample"
     if others is not None and others > BUSY_CORES:
         notes.append(f"other programs kept {others:.1f} cores busy meanwhile: measure again on a quiet machine")
-    first = next(iter(engines.values()))
     rows = make_rows(journal.turns, subjects, units, {p: e.artifact for p, e in (engines | drafts).items()}, baseline)
-    if any(subject.strategy == "naive" for subject in subjects):
-        notes += add_cache_gain(rows, {str(p): e.artifact for p, e in engines.items()}, first.threads)
+    if naive:
+        notes += add_cache_gain(rows, {str(p): e.artifact for p, e in engines.items()}, meter)
     return {
         "device": first.runner.device_name,
         "threads": first.threads,

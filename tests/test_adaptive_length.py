@@ -227,8 +227,9 @@ def test_credit_is_spent_earned_and_limited() -> None:
     for _ in range(100):
         adaptive.spent(costs, 2.1, 3, 0, 4.0)
     assert adaptive.credit == CREDIT_MOST
-    adaptive.start(1)
     assert adaptive.choose(0, costs, behind=30) > 0
+    adaptive.start(1)
+    assert adaptive.credit == START and adaptive.choose(0, costs, behind=30) == 0
 
 
 def test_a_round_that_the_machine_held_up_is_not_the_drafts_fault() -> None:
@@ -250,7 +251,7 @@ def test_rows_that_were_never_computed_may_cost_as_much_more() -> None:
     costs.checked(2, 1.2)
     costs.drafted(0.1, 1)
     assert costs.round_s(7) == pytest.approx(0.7 + 1.2)
-    assert costs.risks(7)[7] == pytest.approx(0.7 + 1.2 * 4 - 1)
+    assert costs.risks(7)[7] == pytest.approx(0.7 + 1.2 + 0.2 * 6 - 1)
     assert costs.risks(1) == pytest.approx([0.0, 0.1 + 1.2 - 1])
 
 

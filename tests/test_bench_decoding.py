@@ -180,8 +180,8 @@ def test_naive_stands_beside_the_roofline(tiny_artifact: Path, monkeypatch: pyte
     row["first_token_time_us"] = 1e6 * step_seconds(model, machine, Case("prefill", 1, prompt))
     gain = cache_gain(model, machine, 1, prompt, tokens)
     rows = [{**row, "tok_s": (tokens - 1) / greedy_s}, {**row, "strategy": "naive", "speedup": 1 / (1.2 * gain)}]
-    monkeypatch.setattr("gpt2_tvm.decoding.cached.peaks", lambda artifact, threads: machine)
-    (note,) = add_cache_gain(rows, {str(tiny_artifact): artifact}, 1)
+    monkeypatch.setattr("gpt2_tvm.decoding.cached.peaks", lambda artifact, meter: machine)
+    (note,) = add_cache_gain(rows, {str(tiny_artifact): artifact}, None)
     assert "(+20%)" in note and gain > 2
     assert rows[1]["predicted_speedup"] == pytest.approx(1 / gain, abs=1e-4)
     assert rows[1]["measured_over_predicted"] == pytest.approx(1 / 1.2, abs=1e-3)

@@ -111,8 +111,15 @@ def test_what_an_artifact_stores(scheme: str) -> None:
     assert matrices == 4 * source.config.n_layer + 1
 
 
-@pytest.mark.parametrize("target", ["cuda", "metal", "webgpu", "rocm"])
-@pytest.mark.parametrize("scheme", ["q16f32", "q0bf16"])
+@pytest.mark.parametrize(
+    ("scheme", "target"),
+    [
+        (s, t)
+        for s in ("q16f32", "q0bf16")
+        for t in ("cuda", "metal", "webgpu", "rocm")
+        if (s, t) != ("q16f32", "webgpu")
+    ],
+)
 def test_gpu_targets_are_refused_in_one_line(scheme: str, target: str) -> None:
     with pytest.raises(UserError) as refused:
         make_plan(CONFIG, load_target(target), scheme)

@@ -191,7 +191,7 @@ def test_a_near_tie_is_left_to_decode(models: tuple[Path, Path], tmp_path: Path)
 @pytest.mark.parametrize("m", [1, 3, 7, 9, "adaptive"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_what_the_host_drafts_is_checked_on_the_device(engines: tuple[Engine, Engine], m: object, batch: int) -> None:
-    """Lookup: as many read-backs as steps, each of a few integers, unless a draft is wider than any check."""
+    """Lookup: as many read-backs as steps; a draft that is wider than any check goes through verify, in pieces."""
     given, accepted = [*prompts(batch - 1, 17), [1, 2, 3, 4] * 5], 0
     expected = greedy(engines, given, 60)
     made = Decoding(make_strategy("lookup", engines[0], length=str(m)), given, 60)
@@ -204,9 +204,9 @@ def test_what_the_host_drafts_is_checked_on_the_device(engines: tuple[Engine, En
     patch.undo()
     accepted = sum(row.accepted for row in made.rows)
     assert [row.tokens for row in made.rows] == expected and (accepted > 0 or m == "adaptive")
-    assert counted["verify"] == 0 or m == 9
+    assert (counted["verify"] > 0) == (m == 9)
     ties = max(row.steps for row in made.rows) - taken
-    assert taken <= counted["target"] - before <= taken + max(0, ties) + 2
+    assert m == 9 or taken <= counted["target"] - before <= taken + max(0, ties) + 2
 
 
 @pytest.mark.parametrize("m", [1, 5])

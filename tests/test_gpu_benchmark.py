@@ -236,6 +236,24 @@ def test_the_report_of_planted_records(tmp_path: Path) -> None:
 # ---- the kit
 
 
+def test_every_step_of_ours_has_an_artifact() -> None:
+    from gpu_bench.kit import VARIANTS, jobs_of
+
+    def named(target: str, q: str) -> list[str]:
+        return [
+            f"{model} {variant}" for model, _, variant, _ in jobs_of(["gpt2", "gpt2-xl"], [q], target, "gpt2", True)
+        ]
+
+    every = [f"gpt2 {variant}" for variant in VARIANTS]
+    assert "gpt2 persistent" in every
+    assert named("h200", "q0f16") == [*every, "gpt2-xl full", "bundled persistent", "bundled full"]
+    assert named("h200", "q0f32") == [n for n in named("h200", "q0f16") if n != "gpt2 tensor"]
+    for without in (named("h200", "q8f16"), named("t4", "q0f16")):  # the kernel of a whole step declines both
+        assert not any("persistent" in name for name in without) and "bundled full" in without
+    rules = {variant: rules for _, _, variant, rules in jobs_of(["gpt2"], ["q0f16"], "h200", "gpt2", False)}
+    assert rules["persistent"] == "with-persistent"
+
+
 @pytest.mark.heavy
 def test_a_kit_runs_from_its_own_folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Code without weights travels; the machine makes them, and its numbers are those of the same seed here."""

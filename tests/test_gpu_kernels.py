@@ -12,16 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from wgsl_harness import run
+from wgsl_harness import lower_to_wgsl, run
 
 from gpt2_tvm.errors import UserError
+from gpt2_tvm.kernels.accept_draft import gpu_near_ties
 from gpt2_tvm.kernels.attention_forms import direct
 from gpt2_tvm.kernels.gpu_decode_attention import choose_splits, decode_attention
 from gpt2_tvm.kernels.gpu_keep import keep_branch
 from gpt2_tvm.kernels.gpu_kv_append import kv_append
 from gpt2_tvm.kernels.gpu_prefill_attention import WEBGPU_TILES, choose_tile, prefill_attention
 from gpt2_tvm.kernels.gpu_sampling import argmax, greedy_advance, log_prob
+from gpt2_tvm.kernels.row_forms import THREADS, few_threads
 from gpt2_tvm.kernels.spec import AttentionSpec, GpuLimits
+from gpt2_tvm.toolchains.web_needs import shared_bytes
 
 WEBGPU = GpuLimits("webgpu", threads_per_block=256, shared_memory_bytes=32768, warp_size=1)
 CUDA = GpuLimits("cuda", threads_per_block=1024, shared_memory_bytes=49152, warp_size=32)
@@ -286,11 +289,32 @@ def logits(batch: int, vocab: int) -> np.ndarray:
     return np.random.default_rng(vocab).standard_normal((batch, vocab)).astype(np.float32)
 
 
+def row_forms(kernel: Any) -> list[Any]:
+    """A kernel of one block a row, and the one for software devices in its place."""
+    other = few_threads(kernel, WEBGPU)
+    assert other is not None and shared_bytes(lower_to_wgsl(other).shader) <= 4 * (2 * THREADS + 2 * 16)
+    return [kernel, other]
+
+
 @pytest.mark.parametrize("vocab", [1, 7, 300, 50257])
 def test_argmax(vocab: int) -> None:
     x = logits(3, vocab)
     x[1, vocab // 2] = 9.0
-    np.testing.assert_array_equal(run(argmax(3, vocab, WEBGPU), [x, ints(-1, -1, -1)])[1], x.argmax(-1))
+    for kernel in row_forms(argmax(3, vocab, WEBGPU)):
+        np.testing.assert_array_equal(run(kernel, [x, ints(-1, -1, -1)])[1], x.argmax(-1))
+
+
+def test_near_ties_with_few_threads_are_the_same() -> None:
+    x = logits(5, 300)
+    x[1, [7, 200]] = 9.0, 9.0 - 1e-6
+    x[4, [0, 299]] = 7.0
+    best = x.argmax(-1).astype(np.int32)
+    marked = [run(kernel, [x, best])[1].tolist() for kernel in row_forms(gpu_near_ties(5, 300, 1e-5, WEBGPU))]
+    assert marked[0] == marked[1] and [m < 0 for m in marked[0]] == [False, True, False, False, True]
+
+
+def test_other_kernels_have_no_form_of_few_threads() -> None:
+    assert few_threads(prefill_attention(make_spec(), WEBGPU), WEBGPU) is None
 
 
 def test_argmax_of_ties_nan_and_infinity() -> None:
@@ -314,13 +338,14 @@ def test_greedy_advance_hands_over_to_the_next_step() -> None:
     x, capacity = logits(4, 300), 9
     token, positions = np.full((4, 1), -1, np.int32), ints(0, 3, 7, 8)
     history = np.full((4, capacity), -7, np.int32)
-    kernel = greedy_advance(4, 300, capacity, WEBGPU)
-    _, token, positions, after = run(kernel, [x, token, positions, history])
     best = x.argmax(-1)
-    np.testing.assert_array_equal(token[:, 0], best)
-    assert positions.tolist() == [1, 4, 8, 9]
-    history[0, 1], history[1, 4], history[2, 8] = best[:3]  # the fourth is full: nothing to remember it in
-    np.testing.assert_array_equal(after, history)
+    wanted = history.copy()
+    wanted[0, 1], wanted[1, 4], wanted[2, 8] = best[:3]  # the fourth is full: nothing to remember it in
+    for kernel in row_forms(greedy_advance(4, 300, capacity, WEBGPU)):
+        _, token_after, positions_after, after = run(kernel, [x, token, positions, history])
+        np.testing.assert_array_equal(token_after[:, 0], best)
+        assert positions_after.tolist() == [1, 4, 8, 9]
+        np.testing.assert_array_equal(after, wanted)
 
 
 @pytest.mark.parametrize("vocab", [1, 300, 50257])
@@ -330,13 +355,17 @@ def test_log_prob(vocab: int) -> None:
     x[0, 2, 1:] = -np.inf
     targets = np.random.default_rng(0).integers(0, vocab, (2, 3)).astype(np.int32)
     targets[0, 0], targets[0, 2], targets[1, 0], targets[1, 2] = -1, 0, vocab, vocab - 1
-    result = run(log_prob(vocab, WEBGPU), [x, targets, np.full((2, 3), np.nan, np.float32)])[2]
+    results = [
+        run(kernel, [x, targets, np.full((2, 3), np.nan, np.float32)])[2]
+        for kernel in row_forms(log_prob(vocab, WEBGPU))
+    ]
     wide = x.astype(np.float64)
     top = wide.max(-1)
     inside = (targets >= 0) & (targets < vocab)
     at = np.take_along_axis(wide, np.where(inside, targets, 0)[..., None], -1)[..., 0]
     wanted = at - top - np.log(np.exp(wide - top[..., None]).sum(-1))
-    np.testing.assert_allclose(result, np.where(inside, wanted, 0), rtol=1e-5, atol=2e-5)
+    for result in results:
+        np.testing.assert_allclose(result, np.where(inside, wanted, 0), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

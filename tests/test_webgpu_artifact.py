@@ -19,6 +19,7 @@ from gpt2_tvm.errors import UserError
 from gpt2_tvm.host_code import split_launches
 from gpt2_tvm.runners.wgpu_device import Device
 from gpt2_tvm.runners.wgsl import parse_wgsl
+from gpt2_tvm.schedules import webgpu_prologue
 from gpt2_tvm.schedules.webgpu_variants import VARIANTS, variant_functions
 from gpt2_tvm.schedules.webgpu_windows import ALIGNMENT, windows_of, with_windows
 from gpt2_tvm.toolchains.web_needs import shared_bytes
@@ -31,7 +32,11 @@ LIMIT = 12300  # bytes a binding: less than the table of the tiny model, more th
 @pytest.fixture(scope="module")
 def artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     device()
-    return compile_model(str(tiny_model), "webgpu", output=tmp_path_factory.mktemp("webgpu") / "a", verify_widths=())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(webgpu_prologue, "WINDOW", 16)  # the model's vectors have 32 elements
+        return compile_model(
+            str(tiny_model), "webgpu", output=tmp_path_factory.mktemp("webgpu") / "a", verify_widths=()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,7 @@ def assert_same(ours: Engine, reference: Engine) -> None:
 def test_variants_have_the_interface_of_what_they_replace(artifact: Path) -> None:
     plain = parse_wgsl((artifact / "kernels.wgsl").read_text())
     listed = json.loads((artifact / "kernels.json").read_text())["variants"]
-    assert [variant["requires"] for variant in listed] == [["software"]]
+    assert [variant["requires"] for variant in listed] == [["software"], ["swiftshader"]]
     for variant in listed:
         others = parse_wgsl((artifact / variant["file"]).read_text())
         assert sorted(others) == variant["kernels"] and others
@@ -76,16 +81,72 @@ def test_the_adapter_decides_which_kernels_run(
     plain = Device.meets
     monkeypatch.setattr(Device, "meets", lambda self, what: software if what == "software" else plain(self, what))
     engine = Engine(artifact)
-    (variant,) = json.loads((artifact / "kernels.json").read_text())["variants"]
+    variant = json.loads((artifact / "kernels.json").read_text())["variants"][0]
     name = next(name for name in variant["kernels"] if "matmul" in name and "norm" not in name and "merge" not in name)
     assert ("workgroupBarrier" in engine.runner._shaders[name].source) is not software
     assert_same(engine, reference)
+
+
+def test_swiftshader_gets_little_shared_memory(
+    artifact: Path, reference: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is given clears a window where others clear a whole vector, and the numbers are the same."""
+    plain = Device.meets
+    chosen = ("software", "swiftshader")
+    monkeypatch.setattr(Device, "meets", lambda self, what: what in chosen or plain(self, what))
+    engine = Engine(artifact)
+    variant = json.loads((artifact / "kernels.json").read_text())["variants"][1]
+    assert variant["requires"] == ["swiftshader"] and all("norm" in name for name in variant["kernels"])
+    kernels = parse_wgsl((artifact / variant["file"]).read_text())
+    assert all(engine.runner._shaders[name] == shader for name, shader in kernels.items())
+    assert_same(engine, reference)
+
+
+# -- float16 in words ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def halves(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    device()
+    folder = tmp_path_factory.mktemp("halves") / "a"
+    return compile_model(str(tiny_model), "webgpu", "q16f32", output=folder, verify_widths=(4,))
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["shader-f16", "words"])
+def test_float16_weights_run_with_the_feature_and_without(
+    halves: Path, tiny_model: Path, tmp_path: Path, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if native:
+        device(f16=True)
+    monkeypatch.setattr(Device, "meets", lambda self, what: native and what == "shader-f16")
+    engine = Engine(halves)
+    variant = json.loads((halves / "kernels.json").read_text())["variants"][0]
+    assert variant["requires"] == ["shader-f16"]
+    for name in variant["kernels"]:
+        shader = engine.runner._shaders[name]
+        assert shader.needs_f16 is native and ("unpack2x16float" in shader.source) is not native, name
+    plain = parse_wgsl((halves / "kernels.wgsl").read_text())
+    assert not any(shader.needs_f16 for shader in plain.values())
+    assert json.loads((halves / "manifest.json").read_text())["webgpu"].get("features", []) == []
+    folder = compile_model(str(tiny_model), "cpu", "q16f32", output=tmp_path / "cpu", rules="baseline")
+    other = Engine(folder)
+    assert_same(engine, other)
+    for each in (engine, other):
+        each.reset()
+        each.prefill(PROMPT)
+    assert_close(engine.verify([3, 1, 4, 1]), other.verify([3, 1, 4, 1]), FLOAT32, "verify")
+
+
+def test_float16_weights_take_half_the_memory(halves: Path, artifact: Path) -> None:
+    sizes = [sum(f.stat().st_size for f in (one / "params").glob("params_shard_*")) for one in (halves, artifact)]
+    assert 0.5 < sizes[0] / sizes[1] < 0.65
 
 
 def test_what_a_device_meets() -> None:
     found = device()
     assert found.meets("software") is found.is_software
     assert found.meets("shader-f16") is found.has_f16
+    assert found.meets("swiftshader") is ("SwiftShader" in found.name)
     assert not found.meets("a-feature-of-tomorrow")
 
 

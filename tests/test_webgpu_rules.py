@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tvm
 from tvm import te, tirx
-from wgsl_harness import run, source
+from wgsl_harness import lower_to_wgsl, run, source
 
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.kernels.math import activation
@@ -17,6 +17,8 @@ from gpt2_tvm.schedules.gemv_config import GemvConfig
 from gpt2_tvm.schedules.webgpu_gemv import WebgpuGemv
 from gpt2_tvm.schedules.webgpu_matmul import MatmulConfig, WebgpuMatmul
 from gpt2_tvm.schedules.webgpu_product import match_product
+from gpt2_tvm.schedules.webgpu_prologue import WINDOW
+from gpt2_tvm.toolchains.web_needs import shared_bytes
 from targets import load_target
 
 TARGET = load_target("webgpu").tvm_target()
@@ -194,15 +196,31 @@ def test_what_is_no_product_of_this_kind_is_left_alone() -> None:
     ],
 )
 def test_gemv(config: GemvConfig | None, rows: tuple[int, int], n: int, k: int, dtype: str, epilogue: str) -> None:
-    for lone in (False, True):
+    for lone in (0, 4):
         check(scheduled(WebgpuGemv(config, lone), product(rows, n, k, dtype, epilogue)), {}, epilogue)
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (1, 3), (8, 1)])
 @pytest.mark.parametrize(("n", "k"), [(70, 32), (33, 300), (16, 50), (8, 37)])
 def test_gemv_of_a_normalised_vector(rows: tuple[int, int], n: int, k: int) -> None:
-    for lone in (False, True):
+    for lone in (0, 4):
         check(scheduled(WebgpuGemv(lone=lone), normed_product(rows, n, k, "bg")), {}, "bg")
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (1, 3), (8, 1)])
+@pytest.mark.parametrize(("n", "k"), [(70, 256), (33, 300)])
+def test_gemv_of_a_vector_in_windows(rows: tuple[int, int], n: int, k: int) -> None:
+    """The same numbers, and shared memory that does not grow with the vector."""
+    kernel = scheduled(WebgpuGemv(lone=8, windowed=True), normed_product(rows, n, k, "bg"))
+    check(kernel, {}, "bg")
+    partial_sums = 2 * 8 * 4  # of a mean and a variance, 8 rows, 4 threads
+    assert shared_bytes(lower_to_wgsl(kernel).shader) <= 4 * (WINDOW + partial_sums)
+
+
+def test_only_vectors_longer_than_a_window_come_in_windows() -> None:
+    rule = WebgpuGemv(lone=8, windowed=True)
+    for func in (product((1, 1), 64, 512), normed_product((1, 1), 64, WINDOW), normed_product((1, 1), 64, 257)):
+        assert rule.apply(func, TARGET, False) is None
 
 
 def test_gemv_without_room_for_the_vector_is_left_to_the_next_rule() -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from gpt2_tvm.errors import UserError
-from gpt2_tvm.kernels.persistent.shape import OLDEST, capability
 from gpt2_tvm.kernels.persistent.shape import RULE as PERSISTENT
+from gpt2_tvm.kernels.persistent.shape import suits
 from gpt2_tvm.passes.registry import applicable, pass_set
 from gpt2_tvm.schedules.registry import OUTSIDE, STOCK_CPU, STOCK_GPU, rule_set
 from targets import DeviceTarget
@@ -55,10 +55,8 @@ def factors(target: DeviceTarget, extra: Sequence[str] = ()) -> tuple[str, ...]:
 
 
 def alternatives(target: DeviceTarget) -> tuple[str, ...]:
-    """Rules outside `full` that the target can have: the decode step as one kernel, on GPUs whose multiprocessors are
-    counted."""
-    can = target.kind == "cuda" and target.cores is not None and capability(target.arch()) >= OLDEST
-    return (PERSISTENT,) if can else ()
+    """Rules outside `full` that the target can have: the decode step as one kernel."""
+    return (PERSISTENT,) if suits(target) else ()
 
 
 def variants(

@@ -27,7 +27,9 @@ from gpt2_tvm.artifact import read_manifest, write_manifest
 from gpt2_tvm.build import compile_model
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.files import replacing_file
+from gpt2_tvm.kernels.persistent.shape import suits
 from gpu_bench.weights import SEED
+from targets import load_target, specialise
 
 HERE = Path(__file__).resolve().parent
 COMMAND_LINE = ("typer", "click", "rich", "pygments", "markdown_it", "mdurl", "shellingham", "annotated_doc")
@@ -68,15 +70,7 @@ def build(
     """
     if not output.name.endswith(".tar.xz"):
         raise UserError(f"--output {output}: give a file name that ends in .tar.xz")
-    jobs = [
-        (model, q, variant, rules)
-        for model in models
-        for q in quantizations
-        for variant, rules in (VARIANTS.items() if model == ablated else [("full", "full")])
-        if variant != "tensor" or q == "q0f16"  # in float32 that rule takes nothing
-    ]
-    checked = [v for v in VARIANTS.items() if v[0] in ("persistent", "full")]  # code that shares no kernel of a step
-    jobs += [("bundled", q, variant, rules) for q in quantizations if bundled for variant, rules in checked]
+    jobs = jobs_of(models, quantizations, target, ablated, bundled)
     with tempfile.TemporaryDirectory(prefix="gpt2-tvm-kit-") as scratch:
         folder = Path(scratch)
         for i, (model, q, variant, rules) in enumerate(jobs):
@@ -92,6 +86,25 @@ def build(
         with replacing_file(output) as stream:
             pack._write(stream, output.name.removesuffix(".tar.xz"), members, lambda what, done: say("packing", 0.95))
     return output
+
+
+def jobs_of(
+    models: Sequence[str], quantizations: Sequence[str], target: str, ablated: str | None, bundled: bool
+) -> list[tuple[str, str, str, str]]:
+    """(model, precision, variant, rules) of every artifact; see `build`. The bundled model comes in the variants whose
+    steps share no kernel."""
+    alone = suits(specialise(load_target(target)))
+
+    def of(model: str, q: str) -> Iterator[tuple[str, str, str, str]]:
+        wanted = ("persistent", "full") if model == "bundled" else VARIANTS if model == ablated else ("full",)
+        for variant in wanted:
+            if variant == "tensor" and q != "q0f16":  # in float32 that rule takes nothing
+                continue
+            if variant == "persistent" and not (alone and q in ("q0f16", "q0f32")):
+                continue
+            yield model, q, variant, VARIANTS[variant]
+
+    return [job for m in (*models, *(["bundled"] if bundled else [])) for q in quantizations for job in of(m, q)]
 
 
 def compile_one(

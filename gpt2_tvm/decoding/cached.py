@@ -8,6 +8,7 @@ be, the second whether time grows with the text as the closed forms have it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from gpt2_tvm.theory.closed import Model, total
@@ -38,16 +39,39 @@ def cache_gain(model: Model, machine: Machine, batch: int, prompt: int, tokens: 
     return naive / sum(step_seconds(model, machine, Case("decode", batch, n)) for n in lengths)
 
 
-def peaks(artifact: Artifact, threads: int | None) -> Machine | None:
-    """The machine's rates: the target's, else measured now on a CPU; None where nobody knows."""
-    from gpt2_tvm.measure.bounds import measure_fma_rate, measure_read_bandwidth, target_bounds
-    from gpt2_tvm.measure.loops import can_compile
+class Meter:
+    """What this machine reads and multiplies while a benchmark runs: a sample between turns, as a shared machine's
+    memory is twice as fast in one minute as in the next."""
+
+    def __init__(self, threads: int) -> None:
+        from gpt2_tvm.measure.loops import fma_loop, read_loop
+
+        self._loops = (read_loop(threads), fma_loop(threads))
+        self._samples: list[tuple[float, float]] = []
+        for loop in self._loops:
+            loop.run()  # does not count
+
+    def sample(self) -> None:
+        """Time both loops once."""
+        read, fma = self._loops
+        self._samples.append((read.rate(), fma.rate()))
+
+    def rates(self) -> tuple[float, float]:
+        """Medians: 10^9 bytes a second, 10^9 float32 operations a second."""
+        if not self._samples:
+            self.sample()
+        return median(read for read, _ in self._samples), median(fma for _, fma in self._samples)
+
+
+def peaks(artifact: Artifact, meter: Meter | None) -> Machine | None:
+    """The machine's rates: the target's, else the meter's; None where nobody knows."""
+    from gpt2_tvm.measure.bounds import target_bounds
 
     stated = target_bounds(artifact)
     read = stated.bandwidth.gb_s if stated.bandwidth else None
     fma = stated.arithmetic.gflop_s if stated.arithmetic else None
-    if threads is not None and (read is None or fma is None) and can_compile():
-        read, fma = read or measure_read_bandwidth(threads), fma or measure_fma_rate(threads)
+    if meter is not None and artifact.kind == "cpu":
+        read, fma = meter.rates()
     return Machine("", "", read, fma / 1e3, None, "") if read and fma else None
 
 
@@ -62,11 +86,12 @@ def reached(model: Model, greedy: Json) -> Machine:
     return Machine("", "", float(step) / seconds / 1e9, float(first) / greedy["first_token_time_us"] / 1e6, None, "")
 
 
-def add_cache_gain(rows: Sequence[Json], artifacts: Mapping[str, Artifact], threads: int | None) -> list[str]:
+def add_cache_gain(rows: Sequence[Json], artifacts: Mapping[str, Artifact], meter: Meter | None) -> list[str]:
     """Write what the roofline predicts into rows of naive: `predicted_speedup` over greedy at the machine's rates,
     `predicted_speedup_reached` at those reached, and what was measured over each -> lines for people.
 
-    artifacts: the rows' own, by what they call them. Rows without a greedy one beside them are left as they are, and
+    artifacts: the rows' own, by what they call them. meter: of the CPU that they ran on, if it was one.
+    Rows without a greedy one beside them are left as they are, and
     so are models without closed forms (pruned ones).
     """
     notes: list[str] = []
@@ -81,7 +106,7 @@ def add_cache_gain(rows: Sequence[Json], artifacts: Mapping[str, Artifact], thre
             continue
         model, kind = closed_form(artifact), row["target"]
         if kind not in known:
-            known[kind] = peaks(artifact, threads)
+            known[kind] = peaks(artifact, meter)
         sizes = (row["batch"], round(row["prompt_tokens"]), tokens)
         here = cache_gain(model, reached(model, plain), *sizes)
         machine = known[kind]

@@ -34,7 +34,11 @@ class Costs:
 
     def checked(self, rows: int, seconds: float) -> None:
         """A round whose target had `rows` took `seconds` beside its draft; of one row, that is a plain step."""
-        self._target.setdefault(self.padded(rows), Samples()).add(seconds)
+        padded = self.padded(rows)
+        samples = self._target.get(padded)
+        if samples is None:
+            samples = self._target[padded] = Samples()
+        samples.add(seconds)
         self._rising, self._checks = None, []
 
     @property
@@ -94,11 +98,12 @@ class Costs:
 
     def risks(self, longest: int, behind: int = 0) -> list[float]:
         """What rounds of 0 … `longest` tokens lose if nothing stands, in plain steps; a pass over more rows than any
-        that was measured is taken to last as much longer as it has more rows."""
+        that was measured is taken to last longer by what its rows took there, one with another."""
         checks, draft_s, late = self.check_s(longest), self.draft_s or 0.0, behind * self.behind_s
         widest, made = max(self.rising), [0.0]
+        a_row = (self.rising[widest] - checks[0]) / (widest - 1) if widest > 1 else checks[0]
         for k in range(1, longest + 1):
-            seconds = checks[k] * max(1.0, self.padded(k + 1) / widest)
+            seconds = checks[k] + a_row * max(0, self.padded(k + 1) - widest)
             made.append((k * draft_s + late + seconds) / checks[0] - 1)
         return made
 

@@ -67,7 +67,7 @@ def _split(axis: Any, rows: Sequence[Json]) -> None:
                 axis.text(0.98 * edge, place, f"{total:.0f}", ha="right", va="center", color="white", fontsize=8)
     axis.set_xlabel("µs a token")
     axis.set_title("Where the time of a token goes", fontsize=10)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=5, frameon=False)  # beside the bars
 
 
 def _name(row: Json) -> str:

@@ -4,12 +4,13 @@ The optimum is `theory.speculation`'s: the k with the most expected tokens a sec
 stand and what a draft step and a round that checks k + 1 tokens take here. It is tried only as far as there is credit
 for it, in plain steps of the target: some to begin with, a little for each step without a draft, and what drafts have
 gained. Every round is charged what the clock says of it, first ones and tries too; one that could lose more than there
-is, should nothing stand, is not made. So text with adaptive drafts takes no longer than START + (1 + EARN) * tokens of
-these steps, whatever the draft, as far as a round's cost is what it was in the rounds before.
+is, should nothing stand, is not made. So a text with adaptive drafts takes no longer than START + (1 + EARN) * tokens
+of these steps, whatever the draft, as far as a round's cost is what it was in the rounds before.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,9 +22,9 @@ PRIOR, PRIOR_WEIGHT = 0.6, 4.0  # the acceptance that is assumed before any was 
 MOST = 0.99  # acceptance is never taken for certain
 HOLD, SURE = 7, 16  # rounds for which a choice holds, once so many tokens were looked at
 IDLE, IDLE_MOST = 16, 256  # rounds without drafts until one is tried again; twice as many each time it does not pay
-# plain steps: credit at first, for each plain step, how much these make, and how much gains make (what was won long
-# ago is no reason to lose as much)
-START, EARN, EARN_MOST, CREDIT_MOST = 2.5, 0.008, 3.0, 8.0
+# plain steps: credit of a text at first (what other texts won is no reason to lose as much in this one), for each plain
+# step, how much these make, and how much gains make
+START, EARN, EARN_MOST, CREDIT_MOST = 2.5, 0.008, 4.0, 8.0
 
 
 class DraftLength:
@@ -69,6 +70,7 @@ class _Seen:
     k: int = 0  # the last choice, for how many rounds more it holds, and what it may lose
     holds: int = 0
     risk: float = 0.0
+    wakes: float = math.inf  # the credit with which a choice of nothing no longer holds
     examined: float = 0.0
     accepted: float = 0.0
     idle: int = 0  # rounds without a draft since the last one
@@ -99,6 +101,7 @@ class Adaptive(DraftLength):
     def start(self, batch: int) -> None:
         """New texts begin, with what all before them have shown."""
         self._rows = [_Seen(idle=self.all.idle, patience=self.all.patience) for _ in range(batch)]
+        self.credit = min(self.credit, START)
 
     def wants_draft(self) -> bool:
         """See `DraftLength.wants_draft`: not while drafts do not pay, unless it is time for another try."""
@@ -114,7 +117,8 @@ class Adaptive(DraftLength):
         """See `DraftLength.rests`: as long as choices of 0 hold."""
         rows = self._rows
         for b in live:
-            if rows[b].k or not rows[b].holds:
+            row = rows[b]
+            if row.k or not row.holds or self.credit >= row.wakes:
                 return False
         for b in live:
             rows[b].holds -= 1
@@ -127,7 +131,7 @@ class Adaptive(DraftLength):
         if not costs.known:
             return 0  # the first pass shows what one without a draft takes
         row = self._rows[b]
-        if row.holds and (not row.k or self.credit >= row.risk):
+        if row.holds and (self.credit >= row.risk if row.k else self.credit < row.wakes):
             row.holds -= 1
             row.idle += not row.k
             return row.k
@@ -148,11 +152,12 @@ class Adaptive(DraftLength):
             if row.idle >= row.patience and allowed:
                 row.idle, row.patience, k = 0, min(2 * row.patience, IDLE_MOST), 1
         tried = k > 0 and row.patience > IDLE
-        row.k, row.risk = (0 if tried else k), risks[k]
+        row.k, row.risk, row.wakes = (0 if tried else k), risks[k], math.inf
         if k > 0:
             row.holds = HOLD if self.all.examined >= SURE and not tried else 0
         elif pays or row.idle >= row.patience:  # only credit lacks, which comes by and by
-            row.holds = HOLD
+            row.wakes = min(r for r, gain in zip(risks, gains, strict=True) if gain > 1) if pays else risks[1]
+            row.holds = IDLE_MOST
         else:  # nothing will be learnt until the next try
             row.holds = row.patience - row.idle - 1
         self.all.idle, self.all.patience = row.idle, row.patience

@@ -66,7 +66,8 @@ class Streaming(Strategy):
         sampling: greedy.
 
     Attributes:
-        costs: what passes took; one with streams counts as as many rows as its tree has.
+        costs: what steps took; one with streams counts as as many rows as its tree has.
+        rows, deepest: the most that a tree may have, and how deep it may be.
     """
 
     name: ClassVar[str] = "streaming"
@@ -77,7 +78,7 @@ class Streaming(Strategy):
         if not self.sampling.greedy:
             raise UserError("--strategy streaming writes greedy text; leave --temperature out")
         self.length = length
-        self.rows = self._pass.width
+        self.rows, self.deepest = self._pass.width, self._pass.streams
         self.costs = Costs(lambda rows: 1 if rows <= 1 else self.rows)
         self._said: list[Choices | None] = []  # what the streams said after each row's last id
         self._begun: list[bool] = []  # whether each row's streams have just begun
@@ -150,7 +151,7 @@ class Streaming(Strategy):
             return None
         wanted = self.length.choose(b, self.costs, behind=int(said is None))
         if not wanted and begun and said is not None and self.length.affords(1, self.costs):
-            wanted = self._pass.streams  # the pass that began them was for nothing if they were not heard
+            wanted = self.deepest  # the pass that began them was for nothing if they were not heard
         # streams that begin with two tokens to come could say nothing that is of use
         if not wanted or (said is None and row.left < 3):
             return None

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from functools import cache
 
+from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from gpt2_tvm.kernels.gpu_prefill_attention import steps
-from gpt2_tvm.kernels.gpu_sampling import _threads
+from gpt2_tvm.kernels.gpu_sampling import ROW_KERNEL, _threads
 from gpt2_tvm.kernels.spec import GpuLimits
 
 FAR = 3.0e38  # beyond any logit, and finite: WGSL may assume that there is no infinity
@@ -125,7 +126,8 @@ def gpu_near_ties(rows: int, vocab: int, tolerance: float, limits: GpuLimits) ->
                     if x[0] >= x[2] - T.float32(tolerance) * x[1]:
                         best[row] = -1 - best[row]
 
-    return near_ties
+    named = near_ties.with_attr(ROW_KERNEL, "near_ties")
+    return named.with_attr("tolerance", tirx.FloatImm("float64", tolerance))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Products with weights that are whole numbers packed into words of 32 bits, as `te` expressions.
+"""Products with weights that are whole numbers, or float16, packed into words of 32 bits, as `te` expressions.
 
 Two forms, for two layouts of a weight (`quantization/forms.py`):
 
@@ -39,6 +39,20 @@ def nibble(word: Any, column: Any) -> Any:
     shift = (column % 8).astype("uint32") * tirx.const(4, "uint32")
     # as int32, which every device converts in one instruction
     return tirx.reinterpret("int32", (word >> shift) & tirx.const(15, "uint32")).astype("float32")
+
+
+UNPACK = "unpack2x16float"  # of WGSL: two float16 in a uint32 -> two float32
+
+
+def unpacked(word: Any) -> Any:
+    """The two float16 of a uint32 as a vector of two float32, on WebGPU."""
+    return tirx.call_pure_extern("float32x2", UNPACK, word)
+
+
+def half(word: Any, column: Any) -> Any:
+    """Float16 number `column` % 2 of a uint32, lowest first, as a float32, on WebGPU."""
+    shift = (column % 2).astype("uint32") * tirx.const(16, "uint32")
+    return tirx.Shuffle([unpacked(word >> shift)], [tirx.const(0, "int32")])
 
 
 def dequantised_matmul(

@@ -18,9 +18,10 @@ The groups meet once, at the end. Up to eight rows of a sequence share the loads
 Slots of this call's rows are read from the cache, or from qkv itself (``append``); then the block that loads such a
 slot also writes it to the cache, and a step needs no launch for that.
 
-``direct`` is for devices whose shared memory is memory like all other: keys and queries are not brought there, and the
-groups meet row by row. (A browser clears shared memory before a kernel begins, and SwiftShader compiles that to a store
-for every element: 4,352 keys took it four seconds.)
+``direct`` is for devices whose shared memory is memory like all other, and whose barriers suspend every thread: keys
+and queries are not brought there, and a block is one group, which meets nobody. (A browser clears shared memory before
+a kernel begins, and SwiftShader compiles that to a store for every element: 4,352 keys took it four seconds.) Rows are
+loops there, for it compiles every statement as slowly.
 """
 
 # mypy: disable-error-code="valid-type,misc"
@@ -98,29 +99,31 @@ def decode_attention(
     runs = steps(head_dim, 4)  # of four elements in a row: threads in a group
     groups = min(threads // runs, threads // SLOTS, SLOTS)
     tile = groups * SLOTS
+    unit, merging = tile, threads  # what splits are made of, and threads of the kernel that merges them
+    if direct and groups:
+        threads, groups, tile = max(runs, SLOTS), 1, SLOTS
     chunks = steps(rows, SHARED_ROWS)  # of rows, a block each
     height = steps(rows, chunks)  # rows in a chunk; those past the last one are left out
     stride = padded(head_dim)
-    together = 1 if direct else height  # rows for which the groups meet at a time
-    staged = groups * together * runs * 4 if direct else tile * stride
-    q_staged = 1 if direct else height * runs * 4
-    shared = 4 * (staged + q_staged + height * tile + 2 * groups * together)
+    staged, q_staged = (1, 1) if direct else (tile * stride, height * runs * 4)
+    shared = 4 * (staged + q_staged + height * tile + 2 * groups * height)
     if groups < 1 or shared > limits.shared_memory_bytes:
         raise UserError(
             f"flash attention over heads of {head_dim} needs blocks of {max(runs, SLOTS)} threads and {shared} bytes "
             f"of shared memory; the target allows {limits.threads_per_block} and {limits.shared_memory_bytes}: "
             "compile with --attention materialized"
         )
+    count = splits or choose_splits(spec, limits, batch * chunks * n_head, unit)
     lines = threads // tile  # threads with the same key: each takes every lines-th row
     per_line = steps(height, lines)
-    count = splits or choose_splits(spec, limits, batch * chunks * n_head, tile)
     pieces = 4 // lanes  # loads of a run
     scale = spec.scale * math.log2(math.e)
+    over = T.serial if direct else T.unroll  # rows
     workspace = (batch, rows, n_head, count, head_dim + 2)
     out_shape, out_dtype = ((batch, rows, width), dtype) if count == 1 else (workspace, "float32")
 
     def tiles_a_split(slots: Any) -> Any:
-        return steps_of(steps_of(slots, tile), count)
+        return steps_of(steps_of(slots, unit), count) * (unit // tile)
 
     def column(run: Any, piece: Any) -> Any:
         """First element of a piece of a run. Neighbours in a group load neighbouring pieces."""
@@ -194,6 +197,23 @@ def decode_attention(
                         ]
 
     @T.inline
+    def add_tile(acc, top, total, at, scores, values, p, rise, r, group):
+        """Row r's tile to its sums, which are number `at` of acc, top and total."""
+        rise[0] = top[at]
+        for i in T.unroll(SLOTS):
+            p[i] = scores[r * tile + i * groups + group]
+            top[at] = T.max(top[at], p[i])
+        rise[0] = T.exp2(rise[0] - top[at])
+        total[at] = total[at] * rise[0]
+        for lane in T.unroll(4):
+            acc[at, lane] = acc[at, lane] * rise[0]
+        for i in T.unroll(SLOTS):
+            p[i] = T.exp2(p[i] - top[at])
+            total[at] = total[at] + p[i]
+            for lane in T.unroll(4):
+                acc[at, lane] = acc[at, lane] + p[i] * T.Cast("float32", values[i * 4 + lane])
+
+    @T.inline
     def give(out, raw, sums, merged, seq, row, head, split, d, lengths):
         if count == 1:
             for lane in T.unroll(lanes):
@@ -217,7 +237,7 @@ def decode_attention(
         stage = T.sblock_alloc_buffer((staged,), "float32", scope="shared")  # keys; at the end sums of groups
         q_tile = T.sblock_alloc_buffer((q_staged,), "float32", scope="shared")
         scores = T.sblock_alloc_buffer((height * tile,), "float32", scope="shared")
-        meet = T.sblock_alloc_buffer((groups, together, 2), "float32", scope="shared")  # maximum, sum
+        meet = T.sblock_alloc_buffer((groups, height, 2), "float32", scope="shared")  # maximum, sum
         # One-element buffers: a let would be written out again wherever it is used, and again in what uses that.
         slot0 = T.sblock_alloc_buffer((1,), "int32", scope="local")
         slot = T.sblock_alloc_buffer((1,), "int32", scope="local")
@@ -232,6 +252,9 @@ def decode_attention(
         top = T.sblock_alloc_buffer((height,), "float32", scope="local")
         rise = T.sblock_alloc_buffer((1,), "float32", scope="local")
         total = T.sblock_alloc_buffer((height,), "float32", scope="local")
+        acc_r = T.sblock_alloc_buffer((1, 4), "float32", scope="local")  # of one row
+        top_r = T.sblock_alloc_buffer((1,), "float32", scope="local")
+        total_r = T.sblock_alloc_buffer((1,), "float32", scope="local")
         merged = T.sblock_alloc_buffer((2,), "float32", scope="local")  # maximum, sum
         sums = T.sblock_alloc_buffer((lanes,), "float32", scope="local")  # weighted
 
@@ -342,41 +365,51 @@ def decode_attention(
 
                         # 3. Slots i * groups + group of the tile are my group's.
                         if group < groups:
-                            for r in T.unroll(height):
-                                rise[0] = top[r]
-                                for i in T.unroll(SLOTS):
-                                    p[i] = scores[r * tile + i * groups + group]
-                                    top[r] = T.max(top[r], p[i])
-                                rise[0] = T.exp2(rise[0] - top[r])
-                                total[r] = total[r] * rise[0]
-                                for lane in T.unroll(4):
-                                    acc[r, lane] = acc[r, lane] * rise[0]
-                                for i in T.unroll(SLOTS):
-                                    p[i] = T.exp2(p[i] - top[r])
-                                    total[r] = total[r] + p[i]
+                            for r in over(height):
+                                if direct:  # what has a computed index is in memory: once a row, not once a product
                                     for lane in T.unroll(4):
-                                        acc[r, lane] = acc[r, lane] + p[i] * T.Cast("float32", values[i * 4 + lane])
+                                        acc_r[0, lane] = acc[r, lane]
+                                    top_r[0] = top[r]
+                                    total_r[0] = total[r]
+                                    add_tile(acc_r, top_r, total_r, 0, scores, values, p, rise, r, group)
+                                    for lane in T.unroll(4):
+                                        acc[r, lane] = acc_r[0, lane]
+                                    top[r] = top_r[0]
+                                    total[r] = total_r[0]
+                                else:
+                                    add_tile(acc, top, total, r, scores, values, p, rise, r, group)
 
                     # The groups meet. `stage` is free: all scores of the last tile were read after a barrier.
-                    for r0 in T.unroll(height // together):
+                    if direct:
+                        for r in T.serial(height):
+                            for piece in T.unroll(pieces):
+                                if group < groups and row0 + r < rows and column(run, piece) < head_dim:
+                                    merged[0] = top[r]
+                                    merged[1] = total[r]
+                                    for lane in T.unroll(lanes):
+                                        sums[lane] = acc[r, piece * lanes + lane]
+                                    give(
+                                        out, raw, sums, merged, seq, row0 + r, head, split, column(run, piece), lengths
+                                    )
+                    else:
                         if group < groups:
-                            for r in T.unroll(together):
+                            for r in T.unroll(height):
                                 for piece in T.unroll(pieces):
                                     if column(run, piece) < head_dim:
                                         for lane in T.vectorized(lanes):
-                                            stage[
-                                                (group * together + r) * head_dim + column(run, piece) + lane
-                                            ] = acc[r0 * together + r, piece * lanes + lane]
+                                            stage[(group * height + r) * head_dim + column(run, piece) + lane] = acc[
+                                                r, piece * lanes + lane
+                                            ]
                                 if run == 0:
-                                    meet[group, r, 0] = top[r0 * together + r]
-                                    meet[group, r, 1] = total[r0 * together + r]
+                                    meet[group, r, 0] = top[r]
+                                    meet[group, r, 1] = total[r]
                         T.tvm_storage_sync("shared")
-                        for i in T.serial(steps(together * head_dim // lanes, threads)):
+                        for i in T.serial(steps(height * head_dim // lanes, threads)):
                             e: T.let[T.int32] = i * threads + tid
                             r: T.let[T.int32] = e // (head_dim // lanes)
-                            row: T.let[T.int32] = row0 + r0 * together + r
+                            row: T.let[T.int32] = row0 + r
                             d: T.let[T.int32] = e % (head_dim // lanes) * lanes
-                            if e < together * head_dim // lanes and row < rows:
+                            if e < height * head_dim // lanes and row < rows:
                                 merged[0] = T.float32(MASKED)
                                 merged[1] = T.float32(0)
                                 for lane in T.vectorized(lanes):
@@ -387,12 +420,8 @@ def decode_attention(
                                     weight: T.let[T.float32] = T.exp2(meet[g, r, 0] - merged[0])
                                     merged[1] = merged[1] + weight * meet[g, r, 1]
                                     for lane in T.vectorized(lanes):
-                                        sums[lane] = (
-                                            sums[lane] + weight * stage[(g * together + r) * head_dim + d + lane]
-                                        )
+                                        sums[lane] = sums[lane] + weight * stage[(g * height + r) * head_dim + d + lane]
                                 give(out, raw, sums, merged, seq, row, head, split, d, lengths)
-                        if together < height:
-                            T.tvm_storage_sync("shared")
 
     if tree:
 
@@ -424,7 +453,7 @@ def decode_attention(
     # fmt: on
     if count == 1:
         return DecodeKernels(_named(partial, spec, splits, append), None, None)
-    combine = combine_splits(spec, threads, batch, rows, count, tile)
+    combine = combine_splits(spec, merging, batch, rows, count, unit)
     return DecodeKernels(_named(partial, spec, splits, append), combine, workspace)
 
 

@@ -15,7 +15,8 @@ Everything below step 1 works on registers: with heads of 64 and 2 rows a thread
 four elements from shared memory in ``q . k``, 64 for 10 in ``p . V``.
 
 ``direct`` leaves queries, keys and values where they are, for devices whose shared memory is memory like all other: two
-barriers a step instead of four, and a kernel that SwiftShader compiles in a fifth of the time (`gpu_decode_attention`).
+barriers a step instead of four. A block has fewer threads then and takes its rows in parts, one after the other: what
+little shared memory is left, SwiftShader compiles a store for every element of it (`gpu_decode_attention`).
 
 After Dao et al. 2022, "FlashAttention", algorithm 1, and Milakov and Gimelshein 2018, "Online normalizer calculation
 for softmax", section 3.
@@ -96,13 +97,17 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits, direct: bool = Fal
     """
     n_head, head_dim, capacity, dtype, width = spec.n_head, spec.head_dim, spec.capacity, spec.dtype, spec.width
     tile = choose_tile(spec, limits)
-    rows, keys, threads, height = tile.rows, tile.keys, tile.threads, tile.height
+    keys, height = tile.keys, tile.height
+    rows = 2 * height if direct else tile.rows  # at a time
+    threads, parts = rows // height * ACROSS, tile.rows // rows
     lanes = limits.lanes(head_dim)
     runs = -(-head_dim // 4)  # of four elements, in a row; the last one may be part zeros
     mine = -(-runs // ACROSS)  # of those, in one thread
     cols = keys // ACROSS  # keys a thread
     stride, p_stride = padded(head_dim), padded(keys)
     loads = runs * 4 // lanes  # in a row of a tile
+    over = T.serial if direct else T.unroll  # what a loop costs less than its statements to compile
+    wide = 1 if direct else 4  # keys of a row at a time, in p . V
     scale = spec.scale * math.log2(math.e)  # 2**x is what devices have; e**x costs a product more
 
     def column(run: Any) -> Any:
@@ -144,6 +149,28 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits, direct: bool = Fal
         for lane in T.unroll(4):
             four[r, lane] = T.Cast("float32", raw[lane])
 
+    @T.inline
+    def give(out, acc, total, meet, raw, seq, row0, ty, tx, r, n_rows, length, head):
+        """Row r of mine: its sums over their total, which meets here."""
+        total[r] = T.float32(0)
+        for x in over(ACROSS):
+            total[r] = total[r] + meet[ty + r, x]
+        if row0 + ty + r < length:
+            total[r] = T.float32(1) / total[r]
+        else:  # whatever is in the padding
+            total[r] = T.float32(0)
+            for j in T.unroll(mine):
+                for lane in T.unroll(4):
+                    acc[r, j, lane] = T.float32(0)
+        for j in T.unroll(mine):
+            for lane in T.unroll(4):
+                raw[lane] = T.Cast(dtype, acc[r, j, lane] * total[r])
+            for piece in T.unroll(4 // lanes):
+                at: T.let[T.int32] = (j * ACROSS + tx) * 4 + piece * lanes
+                if row0 + ty + r < n_rows and at < head_dim:
+                    for lane in T.vectorized(lanes):
+                        out[seq, row0 + ty + r, head * head_dim + at + lane] = raw[piece * lanes + lane]
+
     @T.prim_func(private=True, s_tir=True)
     def prefill_attention(
         qkv_h: T.handle, positions_h: T.handle, lengths_h: T.handle, cache_h: T.handle, out_h: T.handle
@@ -163,15 +190,17 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits, direct: bool = Fal
         raw = T.sblock_alloc_buffer((4,), dtype, scope="local")
         q = T.sblock_alloc_buffer((height, 4), "float32", scope="local")
         k = T.sblock_alloc_buffer((cols, 4), "float32", scope="local")
-        p = T.sblock_alloc_buffer((height, 4), "float32", scope="local")
+        p = T.sblock_alloc_buffer((height, wide), "float32", scope="local")
         v = T.sblock_alloc_buffer((1, 4), "float32", scope="local")
         score = T.sblock_alloc_buffer((height, cols), "float32", scope="local")
         acc = T.sblock_alloc_buffer((height, mine, 4), "float32", scope="local")
+        done = T.sblock_alloc_buffer((height, mine, 4), "float32", scope="local")
+        sums = T.sblock_alloc_buffer((height,), "float32", scope="local")
         top = T.sblock_alloc_buffer((height,), "float32", scope="local")
         rise = T.sblock_alloc_buffer((height,), "float32", scope="local")
         total = T.sblock_alloc_buffer((height,), "float32", scope="local")
 
-        for bx in T.thread_binding(T.Cast("int32", T.ceildiv(n, rows)), thread="blockIdx.x"):
+        for bx in T.thread_binding(T.Cast("int32", T.ceildiv(n, tile.rows)), thread="blockIdx.x"):
             for by in T.thread_binding(T.Cast("int32", b) * n_head, thread="blockIdx.y"):
                 for tid in T.thread_binding(threads, thread="threadIdx.x"):
                     seq: T.let[T.int32] = by // n_head
@@ -179,134 +208,128 @@ def prefill_attention(spec: AttentionSpec, limits: GpuLimits, direct: bool = Fal
                     tx: T.let[T.int32] = tid % ACROSS
                     ty: T.let[T.int32] = tid // ACROSS * height  # my first row in the tile
                     n_rows: T.let[T.int32] = T.Cast("int32", n)
-                    row0: T.let[T.int32] = ((n_rows + rows - 1) // rows - 1 - bx) * rows
                     first: T.let[T.int32] = T.max(T.min(positions[seq], capacity), 0)
                     length: T.let[T.int32] = T.max(T.min(lengths[seq], n_rows), 0)
-                    end: T.let[T.int32] = T.Select(
-                        row0 < length, T.min(first + T.min(row0 + rows, length), capacity), 0
-                    )
+                    for part in T.serial(parts):
+                        last_tile: T.let[T.int32] = (n_rows + tile.rows - 1) // tile.rows - 1
+                        row0: T.let[T.int32] = (last_tile - bx) * tile.rows + part * rows
+                        end: T.let[T.int32] = T.Select(
+                            row0 < length, T.min(first + T.min(row0 + rows, length), capacity), 0
+                        )
 
-                    if not direct:
-                        for i in T.serial(steps(rows * loads, threads)):
-                            e: T.let[T.int32] = i * threads + tid
-                            if e < rows * loads:
-                                for lane in T.vectorized(lanes):
-                                    q_tile[e // loads * stride + e % loads * lanes + lane] = T.if_then_else(
-                                        e % loads * lanes < head_dim,
-                                        qkv[seq, T.min(row0 + e // loads, n_rows - 1),
-                                            head * head_dim + e % loads * lanes + lane],
-                                        T.Cast(dtype, 0),
-                                    )
-                    for r in T.unroll(height):
-                        top[r] = T.float32(MASKED)
-                        total[r] = T.float32(0)
-                        for j in T.unroll(mine):
-                            for lane in T.unroll(4):
-                                acc[r, j, lane] = T.float32(0)
-
-                    for step in T.serial((end + keys - 1) // keys):
-                        # 1. scores of my rows against my keys
                         if not direct:
-                            load_cache(kv_tile, cache, 0, seq, head, step * keys, end, tid)
-                            T.tvm_storage_sync("shared")
-                        for r in T.unroll(height):
-                            for c in T.unroll(cols):
-                                score[r, c] = T.float32(0)
-                        for run in T.serial(runs):
-                            for r in T.unroll(height):
-                                if direct:
-                                    take_query(q, r, qkv, seq, T.min(row0 + ty + r, n_rows - 1), head, run, raw)
-                                else:
-                                    take_four(q, r, q_tile, (ty + r) * stride + run * 4, raw)
-                            for c in T.unroll(cols):
-                                if direct:
-                                    take_cached(
-                                        k, c, cache, 0, seq, head, T.min(step * keys + c * ACROSS + tx, end - 1),
-                                        run * 4, raw,
-                                    )
-                                else:
-                                    take_four(k, c, kv_tile, (c * ACROSS + tx) * stride + run * 4, raw)
-                            for r in T.unroll(height):
-                                for c in T.unroll(cols):
-                                    for lane in T.unroll(4):
-                                        score[r, c] = score[r, c] + q[r, lane] * k[c, lane]
-                        for r in T.unroll(height):
-                            rise[r] = T.float32(MASKED)
-                            for c in T.unroll(cols):
-                                # A sum, not a choice: behind WGSL a choice between loads is a branch.
-                                score[r, c] = score[r, c] * T.float32(scale) + T.Select(
-                                    step * keys + c * ACROSS + tx <= first + row0 + ty + r,
-                                    T.float32(0),
-                                    T.float32(MASKED),
-                                )
-                                rise[r] = T.max(rise[r], score[r, c])
-                            meet[ty + r, tx] = rise[r]
-                        T.tvm_storage_sync("shared")
-
-                        # 2. and 3. Every row sees slot 0, so from the first tile on its maximum is a real score.
-                        if not direct:
-                            load_cache(kv_tile, cache, 1, seq, head, step * keys, end, tid)
-                        for r in T.unroll(height):
-                            rise[r] = top[r]
-                            for x in T.unroll(ACROSS):
-                                top[r] = T.max(top[r], meet[ty + r, x])
-                            rise[r] = T.exp2(rise[r] - top[r])
-                            total[r] = total[r] * rise[r]
-                            for j in T.unroll(mine):
-                                for lane in T.unroll(4):
-                                    acc[r, j, lane] = acc[r, j, lane] * rise[r]
-                            for c in T.unroll(cols):
-                                score[r, c] = T.exp2(score[r, c] - top[r])
-                                total[r] = total[r] + score[r, c]
-                                p_tile[(ty + r) * p_stride + c * ACROSS + tx] = score[r, c]
-                        T.tvm_storage_sync("shared")
-
-                        # 4.
-                        for run in T.serial(keys // 4):
-                            for r in T.unroll(height):
-                                for lane in T.vectorized(4):
-                                    p[r, lane] = p_tile[(ty + r) * p_stride + run * 4 + lane]
-                            for key in T.unroll(4):
-                                for j in T.unroll(mine):
-                                    if direct:
-                                        take_cached(
-                                            v, 0, cache, 1, seq, head, T.min(step * keys + run * 4 + key, end - 1),
-                                            column(j * ACROSS + tx), raw,
+                            for i in T.serial(steps(rows * loads, threads)):
+                                e: T.let[T.int32] = i * threads + tid
+                                if e < rows * loads:
+                                    for lane in T.vectorized(lanes):
+                                        q_tile[e // loads * stride + e % loads * lanes + lane] = T.if_then_else(
+                                            e % loads * lanes < head_dim,
+                                            qkv[seq, T.min(row0 + e // loads, n_rows - 1),
+                                                head * head_dim + e % loads * lanes + lane],
+                                            T.Cast(dtype, 0),
                                         )
-                                    else:
-                                        take_four(
-                                            v, 0, kv_tile, (run * 4 + key) * stride + column(j * ACROSS + tx), raw
-                                        )
-                                    for r in T.unroll(height):
-                                        for lane in T.unroll(4):
-                                            acc[r, j, lane] = acc[r, j, lane] + p[r, key] * v[0, lane]
-                        if not direct:
-                            T.tvm_storage_sync("shared")
-
-                    if direct:  # the last step's maxima have been read by all
-                        T.tvm_storage_sync("shared")
-                    for r in T.unroll(height):
-                        meet[ty + r, tx] = total[r]
-                    T.tvm_storage_sync("shared")
-                    for r in T.unroll(height):
-                        total[r] = T.float32(0)
-                        for x in T.unroll(ACROSS):
-                            total[r] = total[r] + meet[ty + r, x]
-                        if row0 + ty + r < length:
-                            total[r] = T.float32(1) / total[r]
-                        else:  # whatever is in the padding
+                        for r in T.unroll(height):
+                            top[r] = T.float32(MASKED)
                             total[r] = T.float32(0)
                             for j in T.unroll(mine):
                                 for lane in T.unroll(4):
                                     acc[r, j, lane] = T.float32(0)
-                        for j in T.unroll(mine):
-                            for lane in T.unroll(4):
-                                raw[lane] = T.Cast(dtype, acc[r, j, lane] * total[r])
-                            for part in T.unroll(4 // lanes):
-                                at: T.let[T.int32] = (j * ACROSS + tx) * 4 + part * lanes
-                                if row0 + ty + r < n_rows and at < head_dim:
-                                    for lane in T.vectorized(lanes):
-                                        out[seq, row0 + ty + r, head * head_dim + at + lane] = raw[part * lanes + lane]
+
+                        for step in T.serial((end + keys - 1) // keys):
+                            # 1. scores of my rows against my keys
+                            if not direct:
+                                load_cache(kv_tile, cache, 0, seq, head, step * keys, end, tid)
+                                T.tvm_storage_sync("shared")
+                            for r in T.unroll(height):
+                                for c in T.unroll(cols):
+                                    score[r, c] = T.float32(0)
+                            for run in T.serial(runs):
+                                for r in T.unroll(height):
+                                    if direct:
+                                        take_query(q, r, qkv, seq, T.min(row0 + ty + r, n_rows - 1), head, run, raw)
+                                    else:
+                                        take_four(q, r, q_tile, (ty + r) * stride + run * 4, raw)
+                                for c in T.unroll(cols):
+                                    if direct:
+                                        take_cached(
+                                            k, c, cache, 0, seq, head, T.min(step * keys + c * ACROSS + tx, end - 1),
+                                            run * 4, raw,
+                                        )
+                                    else:
+                                        take_four(k, c, kv_tile, (c * ACROSS + tx) * stride + run * 4, raw)
+                                for r in T.unroll(height):
+                                    for c in T.unroll(cols):
+                                        for lane in T.unroll(4):
+                                            score[r, c] = score[r, c] + q[r, lane] * k[c, lane]
+                            for r in T.unroll(height):
+                                rise[r] = T.float32(MASKED)
+                                for c in T.unroll(cols):
+                                    # A sum, not a choice: behind WGSL a choice between loads is a branch.
+                                    score[r, c] = score[r, c] * T.float32(scale) + T.Select(
+                                        step * keys + c * ACROSS + tx <= first + row0 + ty + r,
+                                        T.float32(0),
+                                        T.float32(MASKED),
+                                    )
+                                    rise[r] = T.max(rise[r], score[r, c])
+                                meet[ty + r, tx] = rise[r]
+                            T.tvm_storage_sync("shared")
+
+                            # 2. and 3. Every row sees slot 0, so from the first tile on its maximum is a real score.
+                            if not direct:
+                                load_cache(kv_tile, cache, 1, seq, head, step * keys, end, tid)
+                            for r in T.unroll(height):
+                                rise[r] = top[r]
+                                for x in over(ACROSS):
+                                    top[r] = T.max(top[r], meet[ty + r, x])
+                                rise[r] = T.exp2(rise[r] - top[r])
+                                total[r] = total[r] * rise[r]
+                                for j in T.unroll(mine):
+                                    for lane in T.unroll(4):
+                                        acc[r, j, lane] = acc[r, j, lane] * rise[r]
+                                for c in T.unroll(cols):
+                                    score[r, c] = T.exp2(score[r, c] - top[r])
+                                    total[r] = total[r] + score[r, c]
+                                    p_tile[(ty + r) * p_stride + c * ACROSS + tx] = score[r, c]
+                            T.tvm_storage_sync("shared")
+
+                            # 4.
+                            for run in T.serial(keys // wide):
+                                for r in T.unroll(height):
+                                    for lane in T.vectorized(wide):
+                                        p[r, lane] = p_tile[(ty + r) * p_stride + run * wide + lane]
+                                for key in T.unroll(wide):
+                                    for j in T.unroll(mine):
+                                        if direct:
+                                            take_cached(
+                                                v, 0, cache, 1, seq, head,
+                                                T.min(step * keys + run * wide + key, end - 1),
+                                                column(j * ACROSS + tx), raw,
+                                            )
+                                        else:
+                                            take_four(
+                                                v, 0, kv_tile, (run * 4 + key) * stride + column(j * ACROSS + tx), raw
+                                            )
+                                        for r in T.unroll(height):
+                                            for lane in T.unroll(4):
+                                                acc[r, j, lane] = acc[r, j, lane] + p[r, key] * v[0, lane]
+                            if not direct:
+                                T.tvm_storage_sync("shared")
+
+                        if direct:  # the last step's maxima have been read by all
+                            T.tvm_storage_sync("shared")
+                        for r in T.unroll(height):
+                            meet[ty + r, tx] = total[r]
+                        T.tvm_storage_sync("shared")
+                        if direct:  # a copy, for what has a computed index is in memory, all the time
+                            for r in T.unroll(height):
+                                for j in T.unroll(mine):
+                                    for lane in T.unroll(4):
+                                        done[r, j, lane] = acc[r, j, lane]
+                            for r in T.serial(height):
+                                give(out, done, sums, meet, raw, seq, row0, ty, tx, r, n_rows, length, head)
+                        else:
+                            for r in T.unroll(height):
+                                give(out, acc, total, meet, raw, seq, row0, ty, tx, r, n_rows, length, head)
     # fmt: on
     return prefill_attention.with_attr("prefill_scale", tirx.FloatImm("float64", spec.scale))
 

@@ -24,6 +24,7 @@ THREADS = 1024  # at most; a row of 50257 has work for them all
 AT_ONCE = 8  # logits in flight a thread
 LOWEST = -0x7FFFFFFF  # below minus infinity; WGSL has no literal for one less
 INFINITY_BITS = 0x7F800000
+ROW_KERNEL = "row_kernel"  # attribute: which kernel of a block a row this is, for `attention_forms`
 
 
 def _threads(limits: GpuLimits, vocab: int) -> int:
@@ -109,7 +110,7 @@ def argmax(batch: int, vocab: int, limits: GpuLimits) -> PrimFunc:
                 if tid == 0:
                     out[row] = best[1]
 
-    return argmax
+    return argmax.with_attr(ROW_KERNEL, "argmax")
 
 
 @cache
@@ -144,7 +145,7 @@ def greedy_advance(batch: int, vocab: int, capacity: int, limits: GpuLimits) -> 
                         history[row, slot[0]] = best[1]
                     positions[row] = slot[0]
 
-    return greedy_advance
+    return greedy_advance.with_attr(ROW_KERNEL, "greedy_advance")
 
 
 @cache
@@ -215,4 +216,4 @@ def log_prob(vocab: int, limits: GpuLimits) -> PrimFunc:
                             T.float32(0),
                         )
     # fmt: on
-    return log_prob
+    return log_prob.with_attr(ROW_KERNEL, "log_prob")

@@ -5,7 +5,7 @@
 | q0f32 | float32 | float32 | all |
 | q0f16 | float16 | float16, accumulated in float32 | all |
 | q0bf16 | bfloat16 | bfloat16, accumulated in float32 | CPUs |
-| q16f32 | float16 | float32 | CPUs |
+| q16f32 | float16 | float32 | CPUs, WebGPU |
 | q8f32 | int8 and a float32 scale a row | float32 | all |
 | q8f16 | int8 and a float32 scale a row | float16, accumulated in float32 | all |
 | q4f32_1 | 4 bits and a float32 scale for 32 neighbours of a row | float32 | all |
@@ -74,7 +74,7 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("q0f32", "float32", "float32"),
         Scheme("q0f16", "float16", "float16"),
         Scheme("q0bf16", "bfloat16", "bfloat16", kinds=("cpu",)),
-        Scheme("q16f32", "float16", "float32", kinds=("cpu",)),
+        Scheme("q16f32", "float16", "float32", kinds=("cpu", "webgpu")),
         Scheme("q8f32", "int8", "float32"),
         Scheme("q8f16", "int8", "float16"),
         Scheme("q4f32_1", "int4", "float32"),
@@ -100,6 +100,6 @@ def scheme_for(name: str, target: str, kind: str) -> Scheme:
     scheme = get_scheme(name)
     if not scheme.fits(kind):
         there = ", ".join(s.name for s in SCHEMES.values() if s.fits(kind))
-        only = "CPU" if scheme.kinds == ("cpu",) else " and ".join(scheme.kinds)
+        only = " and ".join("CPU" if kind == "cpu" else kind for kind in scheme.kinds)
         raise UserError(f"--quantization {name} is for {only} targets; for {target} choose one of {there}")
     return scheme

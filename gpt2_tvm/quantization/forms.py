@@ -3,10 +3,11 @@
 | stored as | rows (GPUs) | panels of NR rows (CPUs) |
 | --- | --- | --- |
 | a float dtype | [N, K] | [P, K, NR] |
+| float16 for float32 arithmetic | words [N, K/2] | float16 [P, K, NR] |
 | int8 | words [N, K/4], scales [N] | int8 [P, K, NR], scales [N] |
 | 4 bits | words [N, K/8], scales [N, K/32] | words [P, K/8, NR], scales [P, K/32, NR] |
 
-Words are uint32, P is ceil(N / NR), and what K/4, K/8 and K/32 leave over is filled up with zeros. On a CPU a vector
+Words are uint32, P is ceil(N / NR), and what K/2, K/4, K/8, K/32 leave over is filled up with zeros. On a CPU a vector
 register holds neighbouring rows, so there the words of NR rows lie beside each other; a GPU's thread takes neighbouring
 words of one row.
 """
@@ -57,11 +58,12 @@ class WeightLayout:
 class Form:
     """A matrix in a float dtype; the base of the others.
 
-    unscaled: whether `unscaled_element` leaves out a scale that belongs to the whole row, which the product multiplies
-    its sum by.
+    row_scale: whether `unscaled_element` leaves out a scale that belongs to the whole row, which the product multiplies
+    its sum by. in_words: whether an element is a part of a word.
     """
 
     row_scale = False
+    in_words = False
 
     def __init__(self, dtype: str, layout: WeightLayout) -> None:
         self.dtype, self.layout = dtype, layout
@@ -96,6 +98,28 @@ class Form:
         return array.transpose(0, 2, 1).reshape(-1, k)[:n]
 
 
+class HalfWords(Form):
+    """Float16 in words, two neighbours of a row in each."""
+
+    in_words = True
+
+    def parameters(self, n: int, k: int) -> Shapes:
+        return {"": ([n, words.half_words_of(k)], "uint32")}
+
+    def store(self, name: str, weight: np.ndarray) -> Arrays:
+        from gpt2_tvm.weights import convert
+
+        yield "", words.pack_halves(convert(name, weight, self.dtype))
+
+    def values(self, arrays: Sequence[np.ndarray], n: int, k: int) -> np.ndarray:
+        return words.unpack_halves(arrays[0], k).astype(np.float32)
+
+    def unscaled_element(self, stored: Sequence[te.Tensor], row: Any, column: Any) -> Any:
+        from gpt2_tvm.kernels.dequantise import half
+
+        return half(stored[0][row, column // words.HALVES], column)
+
+
 class Int8(Form):
     """Int8 with a scale a row, in panels."""
 
@@ -116,6 +140,8 @@ class Int8(Form):
 class Int8Words(Int8):
     """The same in words, four neighbours of a row in each."""
 
+    in_words = True
+
     def parameters(self, n: int, k: int) -> Shapes:
         return {"": ([n, words.words_of(k)], "uint32"), SCALE: ([n], "float32")}
 
@@ -135,6 +161,8 @@ class Int8Words(Int8):
 
 class Int4(Form):
     """Four bits with a scale for 32 neighbours, in words of eight; in rows or in panels of rows."""
+
+    in_words = True
 
     def __init__(self, scale_dtype: str, layout: WeightLayout) -> None:
         super().__init__("uint32", layout)
@@ -169,4 +197,6 @@ def form_of(scheme: Scheme, layout: WeightLayout) -> Form:
         return (Int8 if layout.panel_rows else Int8Words)("int8", layout)
     if scheme.weight_dtype == "int4":
         return Int4(scheme.compute_dtype, layout)
+    if scheme.widened and not layout.panel_rows:
+        return HalfWords(scheme.weight_dtype, layout)
     return Form(scheme.weight_dtype, layout)

@@ -1,7 +1,7 @@
 """Linear layers and token tables for each layout of a weight.
 
 `rows`: [N, K] as in PyTorch; the product becomes NT_matmul, which DLight's GEMV and Matmul take. Quantised, it is
-words [N, K/4 or K/8], and the product spreads them where it loads them (`kernels/dequantise.py`).
+words [N, K/2, K/4 or K/8], and the product spreads them where it loads them (`kernels/dequantise.py`).
 `packed`: panels [ceil(N/NR), K, NR] (`kernels/packed_linear.py`): a CPU streams it once, a vector register wide, for
 one row or many.
 """
@@ -44,11 +44,11 @@ class Matrix(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """[b, n, K] -> [b, n, N] float32. A row's scale multiplies the finished sum, once an output."""
         n, form, packed = self.out_features, self.form, bool(self.layout.panel_rows)
-        if not self.quantised:
+        if not (self.quantised or form.in_words):
             if not packed:
                 return op.matmul(x, op.permute_dims(self.weight), out_dtype="float32")
             return op.tensor_expr_op(lambda x, w: packed_matmul(x, w, n), "packed_matmul", [x, self.weight])
-        stored = [self.weight] if form.row_scale else [self.weight, self.weight_scale]
+        stored = [self.weight, self.weight_scale] if self.quantised and not form.row_scale else [self.weight]
         if not packed:
             y = op.tensor_expr_op(
                 lambda x, *w: dequantised_matmul(x, w, form.unscaled_element, n, self.compute_dtype),
@@ -70,7 +70,7 @@ class Matrix(nn.Module):
 
     def row_element(self, parameters: Sequence[te.Tensor], row: tirx.Expr, column: tirx.Expr, dtype: str) -> tirx.Expr:
         """Element [row, column] of the matrix as `dtype`, dequantised."""
-        if not self.quantised:
+        if not (self.quantised or self.form.in_words):
             return self.layout.element(parameters[0], row, column).astype(dtype)
         return self.form.element(parameters, row, column).astype(dtype)
 

@@ -116,8 +116,10 @@ class Device:
         return "timestamp-query" in self.features
 
     def meets(self, requirement: str) -> bool:
-        """Whether the adapter is what a variant of kernels requires (`schedules.webgpu_variants`): "software", or a
-        feature of WebGPU that this device was opened with."""
+        """Whether the adapter is what a variant of kernels requires (`schedules.webgpu_variants`): "software",
+        "swiftshader", or a feature of WebGPU that this device was opened with."""
+        if requirement == "swiftshader":
+            return "swiftshader" in self.name.lower()
         return self.is_software if requirement == "software" else requirement in self.features
 
     @property

@@ -3,8 +3,8 @@
 Two ways to recognise it. One row: DLight's own analysis, so that exactly the functions are taken that `dl.gpu.GEMV`
 takes. Two to eight rows, which that analysis declines: the weight's indices are (s, r), the activation's (rows, r).
 
-A quantised weight (`kernels/dequantise.py`) is the words that it lies in, (s, r // 4) for int8 and (s, r // 8) for 4
-bits: `match_gemv` inlines the stage that spreads them into the product.
+A packed weight (`kernels/dequantise.py`) is the words that it lies in, (s, r // 2) for float16, (s, r // 4) for int8,
+(s, r // 8) for 4 bits: `match_gemv` inlines the stage that spreads them into the product.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tvm.s_tir.dlight.analysis.gemv import get_reduction_expr
 from tvm.s_tir.dlight.base import try_inline_contiguous_spatial
 
 MAX_ROWS = 8
-PACKED = {4: "int8", 8: "int4"}  # weights in a word of 32 bits
+PACKED = {2: "float16", 4: "int8", 8: "int4"}  # weights in a word of 32 bits
 
 
 @dataclass
@@ -49,13 +49,13 @@ class GemvMatch:
     vector: int = 0
 
     def weight_dtype(self, sch: s_tir.Schedule) -> str:
-        """Of a weight; "int8" and "int4" where words of 32 bits hold several."""
+        """Of a weight, also where words of 32 bits hold several."""
         read = sch.get(self.block).reads[self.weight]
         return PACKED.get(_weights_a_word(read), str(read.source.dtype))
 
 
 def _weights_a_word(read: Any) -> int:
-    """4 or 8 for words of which each holds so many neighbouring weights, else 1."""
+    """2, 4 or 8 for words of which each holds so many neighbouring weights, else 1."""
     last = read.region[-1].min
     if str(read.source.dtype) == "uint32" and isinstance(last, tirx.FloorDiv) and isinstance(last.b, tirx.IntImm):
         return int(last.b)

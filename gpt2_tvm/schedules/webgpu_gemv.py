@@ -63,12 +63,13 @@ class WebgpuGemv(GPUScheduleRule):
     """Products of one to eight rows, their number known; see the module.
 
     choose: (shape, target) -> the point, or None to leave the function to the next rule. Of the point, ts, tr and
-    tile_s are used; vectors are as long as K allows. lone: a thread shares no sum with others (tr becomes 1), the
-    blocks stay as the point says.
+    tile_s are used; vectors are as long as K allows. lone: outputs of a thread that shares no sum with others (0: as
+    the point says); blocks stay as large as the point says. windowed: only products whose vector is computed first, and
+    of it a block has one window at a time in shared memory (`Prologue.width`).
     """
 
-    def __init__(self, choose: Chooser | GemvConfig | None = None, lone: bool = False) -> None:
-        self.lone = lone
+    def __init__(self, choose: Chooser | GemvConfig | None = None, lone: int = 0, windowed: bool = False) -> None:
+        self.lone, self.windowed = lone, windowed
         self.choose: Chooser | None = (lambda *_: choose) if isinstance(choose, GemvConfig) else choose
 
     def apply(self, func: tirx.PrimFunc, target: Target, tunable: bool) -> s_tir.Schedule | None:
@@ -88,18 +89,27 @@ class WebgpuGemv(GPUScheduleRule):
         while config.threads > most:
             config = replace(config, ts=max(1, config.ts // 2), tr=config.tr if config.ts > 1 else config.tr // 2)
         if self.lone:
-            config = replace(config, tr=1, reduction="shared")
+            config = _lone(config, self.lone)
         # Step 3. The prologue, where there is one
-        prologue = plan_prologue(m, config.threads) if m.prologue else None
+        prologue = plan_prologue(m, config.threads, self.windowed) if m.prologue else None
         memory = int(target.attrs.get("max_shared_memory_per_block", 16 << 10))
         if m.prologue and prologue is not None:
             while config.tr > 1 and prologue.shared_bytes + 4 * _sums(rows, config) > memory:
                 config = replace(config, tr=config.tr // 2)
-                prologue = plan_prologue(m, config.threads) or prologue
+                prologue = plan_prologue(m, config.threads, self.windowed) or prologue
         if m.prologue and (prologue is None or prologue.shared_bytes + 4 * _sums(rows, config) > memory):
+            return None
+        if self.windowed and (prologue is None or not prologue.width):
             return None
         # Step 4. Loops
         return kernel(func, _Emitter(m, rows, config, prologue).emit)
+
+
+def _lone(config: GemvConfig, outputs: int) -> GemvConfig:
+    """A point with blocks as large, whose threads have `outputs` outputs each, where that divides, for themselves."""
+    block = config.ts * config.tile_s
+    ts, tile_s = (block // outputs, outputs) if block % outputs == 0 else (config.ts, config.tile_s)
+    return replace(config, ts=ts, tile_s=tile_s, tr=1, reduction="shared")
 
 
 def _sums(rows: int, config: GemvConfig) -> int:
@@ -131,11 +141,12 @@ class _Emitter:
             for i in range(self.rows * c.tile_s):
                 T.buffer_store(acc, tirx.const(0, "float32"), [i])
             columns = [self._inside(first + s + j * c.ts) for j in range(c.tile_s)]
-            self._multiply(acc, x, w, columns, r, made)
+            if self.prologue and self.prologue.width:
+                self._multiply_windows(self.prologue, acc, x, w, columns, tid)
+            else:
+                self._multiply(acc, x, w, columns, r, made)
             if sums is None:
-                for row in range(self.rows):
-                    for j in range(c.tile_s):
-                        self._store(row, first + s + j * c.ts, tirx.BufferLoad(acc, [row * c.tile_s + j]))
+                self._store_own(acc, first + s)
                 return
             for row in range(self.rows):
                 for j in range(c.tile_s):
@@ -154,22 +165,45 @@ class _Emitter:
         with loop("step", -(-vectors // self.c.tr)) as step:
             at = bind("at", step * self.c.tr + r)
             with where(at < vectors, vectors % self.c.tr != 0):
-                for j, column in enumerate(columns):
-                    vector(w, [j], self.lanes, self._w(column, at))
-                for row in range(self.rows):
-                    vector(x, [row], self.lanes, self._x(row, at, made))
-                for row in range(self.rows):
-                    for j in range(len(columns)):
-                        place = [row * len(columns) + j]
-                        for lane in range(self.lanes):
-                            term = _wide(x, row, lane) * _wide(w, j, lane)
-                            T.buffer_store(acc, tirx.BufferLoad(acc, place) + term, place)
+                self._step(acc, x, w, columns, at, made)
 
-    def _w(self, column: Expr, at: Expr) -> Callable[[Expr], Expr]:
-        return lambda lane: self.m.w_at(column, at * self.lanes + lane)
+    def _multiply_windows(
+        self, prologue: Prologue, acc: Buffer, x: Buffer, w: Buffer, columns: list[Expr], tid: Expr
+    ) -> None:
+        with loop("window", self.k // prologue.width) as window:
+            made = prologue.fill(tid, window * prologue.width)
+            vectors = prologue.width // self.lanes
+            with loop("step", vectors) as step:
+                self._step(acc, x, w, columns, window * vectors + step, made)
+            T.evaluate(T.tvm_storage_sync("shared"))
+
+    def _step(
+        self, acc: Buffer, x: Buffer, w: Buffer, columns: list[Expr], at: Expr, made: Mapping[Buffer, At]
+    ) -> None:
+        """One vector along k of every row and column, multiplied."""
+        for j, column in enumerate(columns):
+            self.m.load_weights(w, j, self.lanes, column, at * self.lanes)
+        for row in range(self.rows):
+            vector(x, [row], self.lanes, self._x(row, at, made))
+        for row in range(self.rows):
+            for j in range(len(columns)):
+                place = [row * len(columns) + j]
+                for lane in range(self.lanes):
+                    term = _wide(x, row, lane) * _wide(w, j, lane)
+                    T.buffer_store(acc, tirx.BufferLoad(acc, place) + term, place)
 
     def _x(self, row: int, at: Expr, made: Mapping[Buffer, At]) -> Callable[[Expr], Expr]:
         return lambda lane: self.m.x_at(_int(row), at * self.lanes + lane, made)
+
+    def _store_own(self, acc: Buffer, column: Expr) -> None:
+        """The outputs of a thread that shares none, a loop over a copy of the sums: these have no computed indices and
+        stay in registers, and the epilogue is compiled once."""
+        count, tile_s = self.rows * self.c.tile_s, self.c.tile_s
+        held = buffer("held", [count], "float32")
+        for i in range(count):
+            T.buffer_store(held, tirx.BufferLoad(acc, [i]), [i])
+        with loop("output", count) as i:
+            self._store(i // tile_s, column + i % tile_s * self.c.ts, tirx.BufferLoad(held, [i]))
 
     def _meet(self, sums: Buffer, first: Expr, tid: Expr) -> None:
         """Each output by one thread."""

@@ -16,13 +16,15 @@ elements of k at a time. Either way a multiply-add waits for an eighth of a load
 schedule for WebGPU has a load of one for every two.
 
 Rows past the last read the last one again and are not stored, so one kernel serves every length. Only the tile is
-unrolled: tile_m · tile_n · 4 statements, which a software device compiles in a fraction of a second.
+unrolled: tile_m · tile_n · 4 statements, which a software device compiles in a fraction of a second. Without shared
+memory the epilogue is a loop over a copy of the sums, for it costs such a device as much to compile again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tvm import DataType, s_tir, tirx
 from tvm.s_tir.dlight.gpu.base import GPUScheduleRule
@@ -183,7 +185,7 @@ class _Emitter:
             for m, row in enumerate(rows):
                 vector(self.x, [m], self.lanes, self._lanes(self.m.x_at, row, step))
             for n, column in enumerate(columns):
-                vector(self.w, [n], self.lanes, self._lanes(self.m.w_at, column, step))
+                self.m.load_weights(self.w, n, self.lanes, column, step * self.lanes)
             self._multiply(acc)
 
     def _lanes(self, element: Callable[[Expr, Expr], Expr], line: Expr, step: Expr) -> Callable[[Expr], Expr]:
@@ -201,7 +203,9 @@ class _Emitter:
             self._fill(
                 self.x_shared, c.rows, first, lambda r, k: self.m.x_at(tirx.min(self.row0 + r, self.rows - 1), k)
             )
-            self._fill(self.w_shared, c.columns, first, lambda r, k: self.m.w_at(self._inside(self.column0 + r), k))
+            self._fill(
+                self.w_shared, c.columns, first, lambda r, k: self.m.w_at(self._inside(self.column0 + r), k), True
+            )
             T.evaluate(T.tvm_storage_sync("shared"))
             with loop("step", c.shared_k // self.lanes) as step:
                 for m in range(c.tile_m):
@@ -212,8 +216,11 @@ class _Emitter:
                     vector(self.w, [n], self.lanes, along(self.w_shared, at))
                 self._multiply(acc)
 
-    def _fill(self, tile: Buffer, rows: int, first: Expr, value: Callable[[Expr, Expr], Expr]) -> None:
+    def _fill(
+        self, tile: Buffer, rows: int, first: Expr, value: Callable[[Expr, Expr], Expr], weights: bool = False
+    ) -> None:
         """Rows of k's block into shared memory, a vector a thread and round; zeros past the end of k."""
+        in_words = weights and self.m.halves is not None and self.lanes > 1
         c = self.c
         vectors = c.shared_k // self.lanes
         with loop("round", -(-rows * vectors // c.threads)) as turn:
@@ -221,12 +228,15 @@ class _Emitter:
             row, k = e // vectors, e % vectors * self.lanes
 
             def element(lane: Expr) -> Expr:
-                found = value(row, first + k + lane)
+                found = tirx.BufferLoad(self.w, [0, lane]) if in_words else value(row, first + k + lane)
                 if self.k % c.shared_k == 0:
                     return found
                 return T.if_then_else(first + k < self.k, found, tirx.const(0, found.ty.dtype))
 
             with where(e < rows * vectors, (rows * vectors) % c.threads != 0):
+                if in_words:  # through registers; past the end the last ones
+                    at = first + k if self.k % c.shared_k == 0 else tirx.min(first + k, self.k - self.lanes)
+                    self.m.load_weights(self.w, 0, self.lanes, self._inside(self.column0 + row), at)
                 vector(tile, [], self.lanes, element, offset=row * c.stride + k)
 
     def _multiply(self, acc: Buffer) -> None:
@@ -243,9 +253,15 @@ class _Emitter:
 
     def _store(self, acc: Buffer) -> None:
         c = self.c
-        with loop("m", c.tile_m, T.unroll) as m:
+        each: Callable[..., Any] = T.unroll
+        if not c.shared_k:  # a copy, so that the sums themselves have no computed indices and stay in registers
+            each, sums = T.serial, buffer("sums", [c.tile_m * c.tile_n], "float32")
+            for i in range(c.tile_m * c.tile_n):
+                T.buffer_store(sums, tirx.BufferLoad(acc, [i]), [i])
+            acc = sums
+        with loop("m", c.tile_m, each) as m:
             row = bind("row", self.row0 + self.ty + m * c.threads_m)
-            with where(row < self.rows, True), loop("n", c.tile_n, T.unroll) as n:
+            with where(row < self.rows, True), loop("n", c.tile_n, each) as n:
                 column = bind("column", self.column0 + self.tx + n * c.threads_n)
                 with where(column < self.n, self.n % c.columns != 0):
                     store_epilogue(self.m, row, column, tirx.BufferLoad(acc, [m * c.tile_n + n]))

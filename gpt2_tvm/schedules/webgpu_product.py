@@ -16,9 +16,12 @@ from tvm import ir, s_tir, sym, tirx
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 
+from gpt2_tvm.kernels.dequantise import unpacked
 from gpt2_tvm.kernels.math import Expr, loads, rewrite, static, uses
+from gpt2_tvm.quantization.words import HALVES
 from gpt2_tvm.schedules.cpu_matmul import _follows
 from gpt2_tvm.schedules.stages import Buffer, Loop, Stage, read_stages, row_count, row_indices
+from gpt2_tvm.schedules.webgpu_halves import half_of
 
 LANES = 4  # elements that a thread loads at once: what a WGSL vector holds
 SMALL_BATCH = 4  # what a batch of unknown size is taken for, where only it is unknown
@@ -70,6 +73,27 @@ class Product:
         """W[column, k]."""
         at = {self.column.var: typed(column, self.column.var), self.k.var: typed(k, self.k.var)}
         return _divided_narrow(rewrite(self.w, at))
+
+    @property
+    def halves(self) -> Buffer | None:
+        """The words [N, K/2] that W lies in, where its elements are the float16 in them, else None."""
+        load = half_of(self.w)
+        is_element = load is not None and len(load.indices) == 2 and load.indices[0].same_as(self.column.var)
+        return load.source if is_element else None
+
+    def load_weights(self, to: Buffer, j: int, lanes: int, column: Expr, k: Expr) -> None:
+        """to[j, :lanes] = W[column, k : k + lanes]; k divides by `lanes`."""
+        words = self.halves
+        if words is None or lanes % HALVES:
+            vector(to, [j], lanes, lambda lane: self.w_at(column, k + lane))
+            return
+        count = lanes // HALVES
+        part = buffer("words", [count], "uint32")
+        first = tirx.floordiv(k, HALVES)
+        vector(part, [], count, lambda lane: tirx.BufferLoad(words, [column, first + lane]))
+        for i in range(count):
+            pair = unpacked(tirx.BufferLoad(part, [i]))
+            T.buffer_store(to, pair, [j, tirx.Ramp(i * HALVES, 1, HALVES)])
 
 
 def match_product(func: tirx.PrimFunc) -> Product | None:

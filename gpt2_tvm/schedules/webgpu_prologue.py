@@ -9,6 +9,9 @@ The stages before the product, in order; all threads of the block share the work
 - elementwise, a whole vector: shared memory
 
 What one place of a later stage alone reads stays in a register of the thread that computes both.
+
+`windowed`: the last stage, the vector that is multiplied, is not all there at once. The product asks for it a few
+columns at a time (`fill`), so that it takes `window` elements of shared memory however long it is.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from gpt2_tvm.schedules.webgpu_product import LANES, Product, along, buffer, loo
 FEW = 32  # a reduction over no more elements is one thread's
 MEETING = 32  # threads that share a large reduction: every thread of the block reads their results
 SCALARS = 8  # so many numbers are written out where they are read; the rows of a product at most
+WINDOW = 128  # elements of the vector in shared memory at a time, where memory is to be saved
 
 At = Callable[[list[Expr]], Expr]  # indices of a stage's buffer -> its element
 
@@ -44,10 +48,12 @@ def each(name: str, count: int) -> Iterator[Expr]:
 
 @dataclass(frozen=True)
 class Prologue:
-    """Stages to compute before a product by `threads` threads."""
+    """Stages to compute before a product by `threads` threads. width: columns of the last one in shared memory at a
+    time; 0: all."""
 
     stages: tuple[Stage, ...]
     threads: int
+    width: int = 0
     _made: dict[Buffer, At] = field(default_factory=dict, init=False)
 
     @property
@@ -56,7 +62,8 @@ class Prologue:
         total = 0
         for stage in self.stages:
             size = DataType(stage.buffer.dtype).bits // 8
-            total += _places(stage) * size * (self.meeting if _meets(stage) else 1)
+            places = _rows_of(stage) * self.width if self.width and stage is self.stages[-1] else _places(stage)
+            total += places * size * (self.meeting if _meets(stage) else 1)
         return total
 
     @property
@@ -65,22 +72,25 @@ class Prologue:
         return min(MEETING, self.threads)
 
     def emit(self, tid: Expr) -> Mapping[Buffer, At]:
-        """Write the stages; returns where each result is. Nothing may write shared memory of this prologue after."""
+        """Write the stages, all but the last where it comes in windows; returns where each result is. Nothing may write
+        shared memory of this prologue after."""
         self._made.clear()
-        at = 0
-        while at < len(self.stages):
-            stage = self.stages[at]
-            after = self.stages[at + 1] if at + 1 < len(self.stages) else None
+        for stage, before in _together(self.stages):
+            if self.width and stage is self.stages[-1]:
+                break
             if _meets(stage):
                 self._meet(stage, tid)
-            elif not stage.reduced and _places(stage) <= SCALARS:
+            elif not stage.reduced and before is None and _places(stage) <= SCALARS:
                 self._made[stage.buffer] = _written_out(stage, dict(self._made))
-            elif after is not None and stage.reduced and _reads_own_place(after, stage, self.stages[at + 2 :]):
-                self._fill(after, tid, stage)
-                at += 1
             else:
-                self._fill(stage, tid)
-            at += 1
+                self._fill(stage, tid, before)
+        return dict(self._made)
+
+    def fill(self, tid: Expr, first: Expr) -> Mapping[Buffer, At]:
+        """Write columns [first, first + width) of the last stage; returns where the results are, for these columns
+        alone. All threads must be done with the columns before."""
+        ((stage, before),) = (pair for pair in _together(self.stages) if pair[0] is self.stages[-1])
+        self._fill(stage, tid, before, first)
         return dict(self._made)
 
     def _meet(self, stage: Stage, tid: Expr) -> None:
@@ -125,23 +135,27 @@ class Prologue:
 
         vector(part, [], lanes, more)
 
-    def _fill(self, stage: Stage, tid: Expr, before: Stage | None = None) -> None:
-        """Every place of a stage into shared memory, a vector a thread and turn; `before` is computed at each."""
-        count = _places(stage)
+    def _fill(self, stage: Stage, tid: Expr, before: Stage | None = None, first: Expr | None = None) -> None:
+        """Every place of a stage into shared memory, a vector a thread and turn; `before` is computed at each. first:
+        only the window of columns from there on."""
         reduces = stage.reduced or before is not None
         last = static(stage.spatial[-1].extent) or 1
-        lanes = 1 if reduces else next(n for n in (LANES, 2, 1) if last % n == 0)
+        held = last if first is None else self.width
+        count = _places(stage) // last * held
+        lanes = 1 if reduces else next(n for n in (LANES, 2, 1) if held % n == 0)
         made = buffer(f"{stage.buffer.name}_shared", [count], stage.buffer.dtype, "shared")
         known = dict(self._made)
         with loop("turn", -(-count // (lanes * self.threads))) as turn:
             place = bind("place", (turn * self.threads + tid) * lanes)
             with where(place < count, count % (lanes * self.threads) != 0):
+                # of the whole stage, which a window is part of
+                of_all = place if first is None else place // held * last + (first + place % held)
                 if before is not None:
-                    known[before.buffer] = _first(self._reduce(before, place))
+                    known[before.buffer] = _first(self._reduce(before, of_all))
                 if stage.reduced:
-                    T.buffer_store(made, tirx.BufferLoad(self._reduce(stage, place), [0]), [place])
+                    T.buffer_store(made, tirx.BufferLoad(self._reduce(stage, of_all), [0]), [place])
                 else:
-                    values = _indices(stage, place)
+                    values = _indices(stage, of_all)
                     last_var = stage.spatial[-1].var
 
                     def element(lane: Expr) -> Expr:
@@ -150,7 +164,7 @@ class Prologue:
 
                     vector(made, [], lanes, element, offset=place)
         T.evaluate(T.tvm_storage_sync("shared"))
-        self._made[stage.buffer] = _flat(made, stage)
+        self._made[stage.buffer] = _flat(made, stage) if first is None else _window(made, stage, first, held)
 
     def _reduce(self, stage: Stage, place: Expr) -> Buffer:
         """One place of a reduction over little, by this thread."""
@@ -164,15 +178,38 @@ class Prologue:
         return total
 
 
-def plan_prologue(m: Product, threads: int) -> Prologue | None:
-    """The prologue of a product; None for stages of another kind."""
+def plan_prologue(m: Product, threads: int, windowed: bool = False) -> Prologue | None:
+    """The prologue of a product; None for stages of another kind. windowed: its vector in windows, where it is one that
+    the product reads along k."""
     for stage in m.prologue:
         fixed = all(static(one.extent) is not None for one in stage.loops)
         if not fixed or not stage.writes_its_loops() or len(stage.reduced) > 1:
             return None
         if stage.reduced and (stage.init is None or not _is_known(stage)):
             return None
-    return Prologue(m.prologue, threads)
+    return Prologue(m.prologue, threads, _width(m) if windowed else 0)
+
+
+def _width(m: Product) -> int:
+    """Columns of the last stage in a window: as many as divide k evenly, in whole vectors; 0 where it cannot come in
+    windows."""
+    last, extent = m.prologue[-1], static(m.k.extent) or 0
+    reads = [load for load in loads(m.x) if load.source == last.buffer]
+    along_k = reads and all(load.indices[-1].same_as(m.k.var) for load in reads)
+    if not along_k or static(last.spatial[-1].extent) != extent or _meets(last) or _places(last) <= WINDOW:
+        return 0
+    most = max(WINDOW // _rows_of(last), LANES)
+    return next((width for width in range(most - most % LANES, 0, -LANES) if extent % width == 0), 0)
+
+
+def _together(stages: tuple[Stage, ...]) -> Iterator[tuple[Stage, Stage | None]]:
+    """Stages in order, each with the one that is computed place by place with it, or None."""
+    at = 0
+    while at < len(stages):
+        stage, *rest = stages[at:]
+        joined = rest and stage.reduced and not _meets(stage) and _reads_own_place(rest[0], stage, tuple(rest[1:]))
+        yield (rest[0], stage) if joined else (stage, None)
+        at += 2 if joined else 1
 
 
 def _is_known(stage: Stage) -> bool:
@@ -188,6 +225,11 @@ def _combined(stage: Stage, a: Expr, b: Expr) -> Expr:
 
 def _places(stage: Stage) -> int:
     return prod(static(one.extent) or 1 for one in stage.spatial)
+
+
+def _rows_of(stage: Stage) -> int:
+    """Places beside those along the last axis."""
+    return _places(stage) // (static(stage.spatial[-1].extent) or 1)
 
 
 def _meets(stage: Stage) -> bool:
@@ -236,6 +278,20 @@ def _flat(held: Buffer, stage: Stage) -> At:
         for index, extent in zip(indices, extents, strict=True):
             place = place * extent + index if extent > 1 else place * extent
         return tirx.BufferLoad(held, [place])
+
+    return at
+
+
+def _window(held: Buffer, stage: Stage, first: Expr, width: int) -> At:
+    """Where `held` has columns [first, first + width) of all rows of a stage."""
+    extents = [static(one.extent) or 1 for one in stage.spatial[:-1]]
+
+    def at(indices: list[Expr]) -> Expr:
+        *rows, column = indices
+        place: Expr = tirx.const(0, "int32")
+        for index, extent in zip(rows, extents, strict=True):
+            place = place * extent + index if extent > 1 else place * extent
+        return tirx.BufferLoad(held, [place * width + (column - first)])
 
     return at
 

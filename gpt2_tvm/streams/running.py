@@ -14,6 +14,7 @@ from gpt2_tvm.errors import UserError
 if TYPE_CHECKING:
     from gpt2_tvm.engine import Engine
 
+Rows = Sequence[Sequence[int] | np.ndarray]
 TOLD = 2  # columns of what is told before the tokens, as in `kernels.stream_told`, which needs a compiler
 
 
@@ -63,7 +64,7 @@ class TreePass:
         self._given: tuple[Any, ...] = ()
         self._held: dict[Any, Any] | None = None  # the engine's tensors that `_given` was written to
 
-    def inputs(self, ids: Sequence[Sequence[int] | np.ndarray], parents: Sequence[Sequence[int]]) -> list[Any]:
+    def inputs(self, ids: Rows, parents: Sequence[Sequence[int]]) -> list[Any]:
         """The arguments of the compiled function. As for `Engine.stream`, but nothing is checked."""
         engine, slots, width = self.engine, self.engine._slots, self.width
         given = tuple(map(tuple, parents))
@@ -81,7 +82,7 @@ class TreePass:
         tree = [engine._tensor(f"stream_{name}", (slots, width)) for name in ("parents", "masks", "depths")]
         return [engine._int("stream_ids", padded), *tree, *engine._where(lengths), engine._caches]
 
-    def __call__(self, ids: Sequence[Sequence[int] | np.ndarray], parents: Sequence[Sequence[int]]) -> list[Told]:
+    def __call__(self, ids: Rows, parents: Sequence[Sequence[int]]) -> list[Told]:
         """Append the branch that stands of each sequence, and move its position past it."""
         engine = self.engine
         out = engine.runner.call(f"stream_b{engine._slots}", self.inputs(ids, parents))
@@ -94,9 +95,7 @@ class TreePass:
         rows = told[:, : TOLD + self.kept].tolist()
         return [Told(row[TOLD : TOLD + row[0]], bool(row[1]), Choices(names[b], logs[b])) for b, row in enumerate(rows)]
 
-    def look(
-        self, ids: Sequence[Sequence[int] | np.ndarray], parents: Sequence[Sequence[int]]
-    ) -> tuple[np.ndarray, ...]:
+    def look(self, ids: Rows, parents: Sequence[Sequence[int]]) -> tuple[np.ndarray, ...]:
         """`Engine.stream`."""
         engine = self.engine
         out = engine.runner.call(f"look_b{engine._slots}", self.inputs(ids, parents))

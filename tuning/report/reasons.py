@@ -107,6 +107,8 @@ def why_not(rule: str, work: Work) -> str:
         if work.prologue:
             return "it reduces before the product; tensor cores are fed two matrices as they lie in memory"
         return "it is not two plain matrices of float16 with a depth that divides into the steps of tensor cores"
+    elif rule == "persistent":
+        return "the rule takes no function: with it the model calls one that is a whole step, scheduled as it comes"
     elif rule in ("cpu-matmul", "cpu-gemv"):
         if not (work.product and work.packed):
             return "it is not a product with a weight in panels"

@@ -40,6 +40,11 @@ export function nameOf(info) {
   return info.description || [info.vendor, info.architecture, info.device].filter(Boolean).join(" ") || "this device";
 }
 
+// What the variants of kernels in an artifact's list (kernels.json) can use of a device.
+export function wantedBy({ variants = [] }) {
+  return variants.flatMap(({ requires }) => requires.filter((name) => name in FEATURES));
+}
+
 // Compares an adapter with `needs` ({features: [name], limits: {name: number}}). Throws Unsupported.
 export function checkAdapter(adapter, needs) {
   const name = nameOf(adapter.info);
@@ -92,13 +97,14 @@ function entryPoint(code) {
 }
 
 export class Gpu {
-  // needs: see checkAdapter. timestamps: also ask for what `profile` takes, where the adapter has it.
+  // needs: see checkAdapter. timestamps: also ask for what `profile` takes, wants: and for these features, each where
+  // the adapter has it.
   // Throws Unsupported where there is no WebGPU, no adapter, or one without a needed feature or limit.
-  static async open(needs = {}, { timestamps = false } = {}) {
+  static async open(needs = {}, { timestamps = false, wants = [] } = {}) {
     const adapter = await requestAdapter();
     checkAdapter(adapter, needs);
-    const requiredFeatures = [...(needs.features ?? [])];
-    if (timestamps && adapter.features.has("timestamp-query")) requiredFeatures.push("timestamp-query");
+    const more = [...wants, ...(timestamps ? ["timestamp-query"] : [])].filter((name) => adapter.features.has(name));
+    const requiredFeatures = [...new Set([...(needs.features ?? []), ...more])];
     const device = await adapter.requestDevice({ requiredFeatures, requiredLimits: { ...needs.limits } });
     return new Gpu(adapter, device);
   }
@@ -132,9 +138,10 @@ export class Gpu {
     this.#watch();
   }
 
-  // Whether all of `requires` is so: features that the device was opened with, or "software".
+  // Whether all of `requires` is so: features that the device was opened with, "software", or "swiftshader".
   meets(requires) {
-    return requires.every((name) => (name === "software" ? this.software : this.device.features.has(name)));
+    const are = { software: this.software, swiftshader: /swiftshader/i.test(this.name) };
+    return requires.every((name) => are[name] ?? this.device.features.has(name));
   }
 
   // From now on these sources (`parseKernels`) stand in for kernels of the same name.

@@ -1,7 +1,7 @@
 // An artifact in TVM's web runtime: its module, parameters and KV cache, for one sequence.
 
 import { Files } from "./files.mjs";
-import { Gpu, parseKernels } from "./gpu.mjs";
+import { Gpu, parseKernels, wantedBy } from "./gpu.mjs";
 
 const MODULE = "model.wasm";
 const KERNELS = "kernels.json";
@@ -47,10 +47,10 @@ export class Model {
     const { manifest } = files;
     if (!files.has(MODULE)) throw new Error(`this artifact has no ${MODULE}: compile it where emcc is installed`);
     if (!manifest.batch_sizes.includes(1)) throw new Error("this artifact has no batch of 1: compile it with --batch-sizes 1");
-    const gpu = await Gpu.open(manifest.webgpu, { timestamps });
+    const kernels = await files.json(KERNELS);
+    const gpu = await Gpu.open(manifest.webgpu, { timestamps, wants: wantedBy(kernels) });
     let model;
     try {
-      const kernels = await files.json(KERNELS);
       // other versions of some kernels, for adapters like this one; the last that fits wins
       const variants = (kernels.variants ?? []).filter(({ requires }) => gpu.meets(requires)).map(({ file }) => file);
       const windows = windowsOf(kernels.functions);

@@ -3,7 +3,7 @@
 import fs from "node:fs";
 import path from "node:path";
 
-import { Gpu, parseKernels } from "../lib/gpu.mjs";
+import { Gpu, parseKernels, wantedBy } from "../lib/gpu.mjs";
 import { dawn } from "./dawn.mjs";
 
 const BYTES = { f32: 4, i32: 4, u32: 4, f16: 2, "vec2<f32>": 8, "vec4<f32>": 16 };
@@ -11,9 +11,10 @@ const BYTES = { f32: 4, i32: 4, u32: 4, f16: 2, "vec2<f32>": 8, "vec4<f32>": 16 
 dawn();
 const folder = process.argv[2];
 const read = (name) => fs.readFileSync(path.join(folder, name), "utf8");
-const gpu = await Gpu.open(JSON.parse(read("manifest.json")).webgpu);
+const list = JSON.parse(read("kernels.json"));
+const gpu = await Gpu.open(JSON.parse(read("manifest.json")).webgpu, { wants: wantedBy(list) });
 const kernels = parseKernels(read("kernels.wgsl"));
-for (const { requires, file } of JSON.parse(read("kernels.json")).variants ?? []) {
+for (const { requires, file } of list.variants ?? []) {
   if (gpu.meets(requires)) for (const [name, code] of parseKernels(read(file))) kernels.set(name, code);
 }
 const found = [];

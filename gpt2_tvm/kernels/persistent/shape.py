@@ -31,6 +31,11 @@ def capability(arch: str) -> int:
     return int("".join(filter(str.isdigit, arch)) or 0)
 
 
+def suits(target: DeviceTarget) -> bool:
+    """Whether a target can have the rule: NVIDIA's GPUs from Ampere on, their multiprocessors counted."""
+    return target.kind == "cuda" and target.cores is not None and capability(target.arch()) >= OLDEST
+
+
 def _up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 

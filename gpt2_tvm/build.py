@@ -254,7 +254,7 @@ def compile_model(
         seed: of the random weights, where the checkpoint cannot be downloaded.
         cuda_graph: decode, greedy, verify and keep as one CUDA graph each; default for CUDA targets, refused for
             others.
-        weights: False leaves the parameters out, to be added where the artifact will run.
+        weights: False leaves the parameters out, to be added where the artifact will run; refused for webgpu.
         streams: a folder made by ``train_streams``, or "bundled" for those of the bundled model: the model then drafts
             for itself with --strategy streaming.
         stream_rows: rows of the tree that a pass of streams takes, or "8,4": of 8 rows an early exit keeps 4.
@@ -268,6 +268,8 @@ def compile_model(
     """
     say = progress or (lambda what, share: None)
     device = specialise(load_target(target))
+    if device.kind == "webgpu" and not weights:
+        raise UserError("the manifest for webgpu says what the weights ask of a device; compile it with its weights")
     points = load_tuned(Path(tuned), device.name) if tuned is not None else None
     source = resolve_model(str(model), seed=seed)
     if source.note:

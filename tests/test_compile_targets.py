@@ -6,6 +6,7 @@ The quick tests use a small model; the heavy ones GPT-2 124M, once a family, in 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,12 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_hf_checkpoint(tmp_path_factory.mktemp("small") / "small", SMALL, random_model(SMALL, seed=3)))
 
 
-@pytest.fixture(scope="session")
-def gpt2_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Its configuration alone: the code is what is looked at here."""
-    folder = tmp_path_factory.mktemp("gpt2") / "gpt2"
-    folder.mkdir()
-    (folder / "config.json").write_text(PRESETS["gpt2"].to_json())
-    return str(folder)
+@pytest.fixture(scope="module")
+def gpt2_model() -> Iterator[str]:
+    """The preset with random weights, or those of a copy that is here: the code is what is looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield "gpt2"
 
 
 def models(usual: str) -> pytest.MarkDecorator:
@@ -136,9 +136,7 @@ def test_webgpu(model: str, quantization: str, no_page: None, request: pytest.Fi
     from gpt2_tvm.runners.wgpu_device import Device
     from gpt2_tvm.runners.wgsl import parse_wgsl
 
-    artifact = compile_model(
-        request.getfixturevalue(model), "webgpu", quantization, output=tmp_path / "a", weights=False
-    )
+    artifact = compile_model(request.getfixturevalue(model), "webgpu", quantization, output=tmp_path / "a")
     shaders = parse_wgsl((artifact / "kernels.wgsl").read_text())
     assert len(shaders) >= 20
     try:
@@ -147,6 +145,15 @@ def test_webgpu(model: str, quantization: str, no_page: None, request: pytest.Fi
         pytest.skip(str(error))
     for shader in shaders.values():
         device.compile(shader)
+
+
+def test_webgpu_without_weights_is_refused(small_model: str, tmp_path: Path) -> None:
+    """Its manifest says what they ask of a device."""
+    from gpt2_tvm.errors import UserError
+
+    with pytest.raises(UserError, match=r"webgpu .* weights"):
+        compile_model(small_model, "webgpu", output=tmp_path / "a", weights=False)
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("target", ["x86-64-v3", "x86-64-v4", "arm64", "apple-m"])

@@ -169,3 +169,11 @@ def test_cpu_elsewhere(target: str, small_model: str, tmp_path: Path) -> None:
     if missing_features(load_target(target).requires):
         with pytest.raises(UserError, match="needs a CPU with"):
             Engine(artifact)
+
+
+@pytest.mark.heavy
+def test_the_bundled_model_in_float16_for_a_gpu(tmp_path: Path) -> None:
+    """Its merge of split attention in front of several rows is a vector of conditions, which CUDA has no word for."""
+    if lack := toolchains.missing(load_target("h200")):
+        pytest.skip(lack)
+    compile_model("bundled", "h200", "q0f16", output=tmp_path / "a", verify_widths=(4,), weights=False)

@@ -37,19 +37,21 @@ def after_fusion(on: bool, target: DeviceTarget) -> Any:
         if not fits(values, needed, REDUCTIONS, 2 * batch * rows * heads, tvm_target):
             return None
         shape = (batch, rows, heads, splits, size)
-        prim = add_function(mod, "merge_splits", merge_splits(shape, dtype))
+        prim = add_function(mod, "merge_splits", merge_splits(shape, dtype, target.kind))
         var = relax.DataflowVar(str(producer.var.name), producer.var.ty)
         return relax.VarBinding(producer.var, call_tir(prim, [parts, lengths], var.ty))
 
     return join_prologues("CombineInProduct", COMBINES, prepare)
 
 
-def merge_splits(shape: tuple[Any, ...], dtype: str) -> tirx.PrimFunc:
+def merge_splits(shape: tuple[Any, ...], dtype: str, kind: str) -> tirx.PrimFunc:
     """``(parts [B, m, H, S, D + 2] float32, lengths [B], out [B, m, H*D])``: what the kernel that it stands for gives.
 
     parts: of each split the weighted sum of values, the maximum, and the sum of weights (base 2). A row past its
-    sequence's length, or one that looked at nothing, gives zeros.
+    sequence's length, or one that looked at nothing, gives zeros. kind: of the target.
     """
+    # TVM's CUDA has no word for a vector of conditions; WGSL must not read shared memory behind one.
+    choose = tirx.if_then_else if kind == "cuda" else tirx.Select
     dim = shape[4] - 2
     shape = tuple(tirx.IntImm("int64", extent) for extent in shape)  # as Relax has them
     batch, rows, heads, splits, _ = shape
@@ -78,8 +80,8 @@ def merge_splits(shape: tuple[Any, ...], dtype: str) -> tirx.PrimFunc:
 
     def value(b: Any, t: Any, e: Any) -> Any:
         some = tirx.all(t < lengths[b].astype("int64"), total[b, t, e // dim] > tirx.const(0, "float32"))
-        whole = tirx.Select(some, total[b, t, e // dim], tirx.const(1, "float32"))
-        return tirx.Select(some, merged[b, t, e] / whole, tirx.const(0, "float32")).astype(dtype)
+        whole = choose(some, total[b, t, e // dim], tirx.const(1, "float32"))
+        return choose(some, merged[b, t, e] / whole, tirx.const(0, "float32")).astype(dtype)
 
     out = te.compute((batch, rows, heads * dim), value, name="out")
     return te.create_prim_func([parts, lengths, out]).with_attr("tirx.noalias", True)

@@ -271,7 +271,8 @@ def test_the_drawing_shows_the_tile_that_the_tir_has(target: str, columns: int, 
 
 
 def test_the_nest_in_the_drawing_has_every_loop_of_the_tir() -> None:
-    func = lowered("rtx-4090", rules="stock").scheduled["fused_NT_matmul_add"]
+    low = lowered("rtx-4090", rules="stock")
+    func = low.scheduled[next(hit.function for hit in low.hits if hit.rule == "gemv")]
     drawn = data(draw_nest(loops.loop_nest(func)), "loop")
     found: list[tuple[str, str]] = []
     from tvm import tirx
@@ -298,9 +299,9 @@ def test_a_tile_is_not_seen_where_there_is_none() -> None:
         low = lowered("rtx-4090", rules=rules)
         with_tile = {hit.function for hit in low.hits if find_tile(low.scheduled[hit.function]) is not None}
         table = function_table(low, planned("rtx-4090", rules=rules))["functions"]
-        of_one_row = {row["name"] for row in table if "greedy_b1" in row["calls"]}
+        of_one_row = {row["name"] for row in table if {"greedy_b1", "propose_b1"} & set(row["calls"])}
         taken = {hit.function for hit in low.hits if hit.rule in products}
-        assert with_tile == taken & of_one_row and len(with_tile) == 5
+        assert with_tile == taken & of_one_row and len(with_tile) == 6  # the head with and without a temperature
 
 
 def test_cache_stages_have_the_size_of_one_block_and_one_thread() -> None:
@@ -320,7 +321,7 @@ def test_cache_stages_have_the_size_of_one_block_and_one_thread() -> None:
             follows = "fused" in name or overruns(low.fused[name], plan.target.tvm_target())
             assert registers == [4 * tile.vec, 4 * tile.tile_s * tile.tile_r, 4, *([4] if follows else [])]
             checked += 1
-    assert checked == 5
+    assert checked == 6
 
 
 def test_repeated_code_is_drawn_once_and_counted() -> None:
@@ -359,8 +360,8 @@ def test_a_compiler_that_is_missing_is_a_note(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_numbers_of_symbolic_functions_are_for_the_sizes_that_are_named() -> None:
-    made = {f.name: f for f in facts.collect(planned("webgpu", rules="stock"), "tiny").functions}
-    decode, prefill = made["layer_norm2"], made["layer_norm"]
+    made = [f for f in facts.collect(planned("webgpu", rules="stock"), "tiny").functions if "layer_norm" in f.name]
+    decode, prefill = (next(f for f in made if f.role.startswith(what)) for what in ("decode", "prefill"))
     assert prefill.sizes == {"b": 1, "n": 24, "p": 0} and decode.sizes["n"] == 1
     weights = 2 * 64 * 4
     assert decode.nbytes == 2 * 64 * 4 + weights and prefill.nbytes == 24 * 2 * 64 * 4 + weights

@@ -144,7 +144,7 @@ def test_what_is_wrong_shows(monkeypatch: pytest.MonkeyPatch, found: str, instea
     try:  # in a process of its own: where blocks would hang a GPU, it ends
         child = multiprocessing.get_context("fork").Process(target=steps)
         child.start()
-        child.join(60)
+        child.join(30)
         if child.is_alive():  # blocks that wait for ever show it too
             child.kill()
             child.join()
@@ -182,7 +182,7 @@ def test_a_step_is_two_launches_of_one_graph() -> None:
     table = function_table(lowered, plan)
     rows = {row["name"]: row for row in table["functions"]}
     step = rows["persistent_step"]
-    assert step["calls"] == {"decode_b1": 1, "greedy_b1": 1, "sample_b1": 1}
+    assert step["calls"] == {"decode_b1": 1, "greedy_b1": 1, "sample_b1": 1, "propose_b1": 1}
     assert (step["rule"], step["kernels"], step["grid"], step["block"]) == (
         "persistent",
         1,

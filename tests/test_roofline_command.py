@@ -228,7 +228,7 @@ def test_a_scheme_by_name_with_a_table_of_floats(tiny_model: Path, tmp_path: Pat
     [
         (("--quantization", "q8f32", "--dtype", "float16"), "--quantization names every dtype; leave out --dtype"),
         (("--quantization", "q9", "--device", "t4"), "unknown quantization 'q9'"),
-        (("--quantization", "q16f32", "--device", "t4"), "--quantization q16f32 is for CPU targets"),
+        (("--quantization", "q16f32", "--device", "t4"), "--quantization q16f32 is for CPU and webgpu targets"),
         (("--model", "gpt2", "--seq", "2000", "--device", "t4"), "--seq 2000: gpt2 has positions for 1024 tokens"),
         (("--batch", "0", "--device", "t4"), "--batch '0'"),
         (("--device", "t5"), "no target is called 't5'"),

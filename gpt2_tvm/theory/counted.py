@@ -107,6 +107,7 @@ def _fused(plan: Plan) -> Any:
     """The module after the pipeline's second phase, of the functions that are counted only. Fused as FuseOps does it:
     what GPUs fuse further (passes/registry.py) saves launches, and of bytes those of one row a kernel."""
     import tvm
+    from tvm import relax
 
     from gpt2_tvm import pipeline
     from gpt2_tvm.build import export_module
@@ -119,7 +120,7 @@ def _fused(plan: Plan) -> Any:
         kept = {
             var: func
             for var, func in module.functions_items()
-            if not re.match(r"(greedy|verify|keep|softmax_with_temperature)", var.name_hint)
+            if not isinstance(func, relax.Function) or re.fullmatch(r"score|prefill|decode_b\d+", var.name_hint)
         }
         module = tvm.IRModule(kept, attrs=module.attrs)
         return tvm.transform.Sequential([make() for make in (*pipeline.GRAPH, *pipeline.PLAIN)])(module)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tuning.report.tile import Tile
 
 EXAMPLE_TOKENS = 322  # of the prompt, and in the cache at decode, where a size is symbolic: the study's prompt
-GENERATES = ("decode", "greedy", "verify")
+GENERATES = ("decode", "greedy", "sample", "propose", "verify", "speculate", "decide", "stream", "look")
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def main(
             continue
         file = folder / f"{file_name(name)}.png"
         told = draw(found, name, file, measure, peak)
-        print(f"{name}: {paragraph(told, found.header['method'] != 'static')}")
+        print(f"- {name}: {paragraph(told, found.header['method'] != 'static')}")
         print(f"wrote {file} and .svg", file=sys.stderr)
     write_page(found, folder / "index.html", peak)
     print(f"wrote {folder / 'index.html'}", file=sys.stderr)

@@ -205,7 +205,7 @@ def test_gpt2_on_cuda(browser: str, tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert len(text.encode()) < 10e6 and str(tmp_path) not in text.replace(str(path), "")
     tiles = [dict(re.findall(r'data-([\w-]+)="([^"]*)"', t)) for t in re.findall(r'<g class="tile"([^>]*)>', text)]
-    assert len(tiles) == 5  # qkv, both projections, c_fc and the logits, at decode
+    assert len(tiles) == 6  # qkv, both projections, c_fc and the logits, at decode; these also over a temperature
     drawn = {(int(t["rows"]), int(t["columns"])): [int(t[k]) for k in ("ts", "tr", "tile-s", "tile-r")] for t in tiles}
     assert drawn == {  # TS, TR, TILE_S, TILE_R: of `norm-gemv`, and for c_proj of the MLP of `wide-gemv`
         **{(rows, 768): [8, 32, 1, 8] for rows in (768, 2304, 3072)},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +24,11 @@ def point(outputs: int) -> TunedPoint:
 
 CANDIDATES = {"a": point(64), "b": point(128), "c": point(192)}
 NOISE = (-0.01, 0.02, 0.0, -0.02, 0.01)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 def decided(monkeypatch: pytest.MonkeyPatch, together: dict[frozenset[int], float], alone: dict[str, float]) -> Any:
@@ -44,8 +51,11 @@ def decided(monkeypatch: pytest.MonkeyPatch, together: dict[frozenset[int], floa
 
     monkeypatch.setattr(decode, "measure", measure)
     records = SimpleNamespace(header={})
-    result, table = apply._checked(records, CANDIDATES, SETTING, None)  # type: ignore[arg-type]
+    result, table = apply._checked(records, CANDIDATES, SETTING, Path("told.json"))  # type: ignore[arg-type]
     assert all(name in table for name in timed)
+    told = {row["tuned"] for row in json.loads(Path("told.json").read_text())["rows"] if row.get("applied")}
+    written = () if result is None else result.points
+    assert {CANDIDATES[name].outputs for name in told} == {p.outputs for p in written}
     return (None if result is None else {p.outputs for p in result.points}), timed
 
 

@@ -143,11 +143,11 @@ def _checked(
             rates[label], gains[label] = again[label], Gain.of(again[label], again[UNTUNED])
             chosen, last = names, label
     table = _gain_table(rates, gains, losers)
-    if json_file is not None:
-        cli.write_json(json_file, _json(records, rates, gains, losers))
     if gains[last].ratio < 1 or set(chosen) & set(losers):
-        return None, table
-    return _tuned(start, [candidates[name] for name in chosen]), table
+        chosen = []
+    if json_file is not None:
+        cli.write_json(json_file, _json(records, rates, gains, chosen))
+    return (_tuned(start, [candidates[name] for name in chosen]) if chosen else None), table
 
 
 def _gain_table(rates: dict[str, Rates], gains: dict[str, Gain], losers: list[str]) -> str:
@@ -173,12 +173,13 @@ def _points_table(points: dict[str, TunedPoint]) -> str:
     return markdown_table(["product", "point", "us", "DLight's us"], rows, left=2)
 
 
-def _json(records: Records, rates: dict[str, Rates], gains: dict[str, Gain], losers: list[str]) -> dict:
+def _json(records: Records, rates: dict[str, Rates], gains: dict[str, Gain], applied: list[str]) -> dict:
+    """applied: the products whose points are written."""
     rows = []
     for name, rate in rates.items():
         row = {"tuned": name, "decode_tok_s": rate.tok_s, "decode_tok_s_sd": rate.sd, "rounds": len(rate.decode)}
         if name in gains:
-            row |= {"gain": gains[name].ratio, "gain_sd": gains[name].sd, "applied": name not in losers}
+            row |= {"gain": gains[name].ratio, "gain_sd": gains[name].sd, "applied": name in applied}
         rows.append(row)
     return {**{k: v for k, v in records.header.items() if k != "format"}, "rows": rows}
 

@@ -160,12 +160,12 @@ def _measure(
 
     from gpt2_tvm.build import versions
     from gpt2_tvm.datasets import load
-    from gpt2_tvm.decoding.cached import Meter, add_cache_gain
+    from gpt2_tvm.decoding.cached import add_cache_gain
     from gpt2_tvm.decoding.measuring import Bench, Journal
     from gpt2_tvm.decoding.prompts import make_units
     from gpt2_tvm.decoding.report import make_rows
     from gpt2_tvm.engine import Engine
-    from gpt2_tvm.measure.loops import can_compile
+    from gpt2_tvm.measure.machine import MachineBounds, MachineSubject
     from gpt2_tvm.measure.noise import BUSY_CORES, OtherLoad
     from gpt2_tvm.tokenizer import load_tokenizer
 
@@ -197,7 +197,8 @@ def _measure(
     }
     first = next(iter(engines.values()))
     naive = any(subject.strategy == "naive" for subject in subjects)
-    meter = Meter(first.threads) if naive and first.threads and can_compile() else None
+    machine = MachineSubject(first.threads) if naive and first.threads else None
+    probes = MachineBounds(machine.facts) if machine is not None else None
     with tempfile.TemporaryDirectory() as scratch:
         load_meanwhile = OtherLoad([])
         with Journal(records or Path(scratch) / "turns.jsonl") as journal:
@@ -206,8 +207,8 @@ def _measure(
 
                 def told(what: str, done: int) -> None:
                     say(what, done)
-                    if meter is not None:
-                        meter.sample()
+                    if machine is not None and probes is not None:  # its memory is not as fast in every minute
+                        probes.probes.append(machine.turn())
 
                 bench.run(journal, told)
         others = load_meanwhile.cores()
@@ -216,7 +217,9 @@ def _measure(
         notes.append(f"other programs kept {others:.1f} cores busy meanwhile: measure again on a quiet machine")
     rows = make_rows(journal.turns, subjects, units, {p: e.artifact for p, e in (engines | drafts).items()}, baseline)
     if naive:
-        notes += add_cache_gain(rows, {str(p): e.artifact for p, e in engines.items()}, meter)
+        notes += add_cache_gain(
+            rows, {str(p): e.artifact for p, e in engines.items()}, probes.bounds() if probes else None
+        )
     return {
         "device": first.runner.device_name,
         "threads": first.threads,

@@ -150,7 +150,7 @@ def _question(
     from gpt2_tvm.build import ATTENTION
     from gpt2_tvm.quantization import scheme_for
     from gpt2_tvm.theory.closed import Model
-    from gpt2_tvm.theory.dtypes import Dtypes
+    from gpt2_tvm.theory.dtypes import Dtypes, stored_as
     from gpt2_tvm.theory.machine import machine_of
     from gpt2_tvm.theory.report import Question
     from targets import load_target, specialise
@@ -162,8 +162,7 @@ def _question(
     tables: tuple[str, ...] = ()
     if quantization is not None:
         scheme = scheme_for(quantization, target.name, target.kind)
-        compute, tables = scheme.compute_dtype, scheme.float_tables
-        dtypes = Dtypes(scheme.weight_dtype, compute, compute)
+        dtypes, tables = stored_as(scheme)
     else:
         dtype = dtype or ("float16" if target.peak is not None and target.peak.fp16_tflops else "float32")
         dtypes = Dtypes(**{kind: name or dtype for kind, name in {**kinds, "accumulation": None}.items()})

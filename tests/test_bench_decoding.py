@@ -180,7 +180,7 @@ def test_naive_stands_beside_the_roofline(tiny_artifact: Path, monkeypatch: pyte
     row["first_token_time_us"] = 1e6 * step_seconds(model, machine, Case("prefill", 1, prompt))
     gain = cache_gain(model, machine, 1, prompt, tokens)
     rows = [{**row, "tok_s": (tokens - 1) / greedy_s}, {**row, "strategy": "naive", "speedup": 1 / (1.2 * gain)}]
-    monkeypatch.setattr("gpt2_tvm.decoding.cached.peaks", lambda artifact, meter: machine)
+    monkeypatch.setattr("gpt2_tvm.decoding.cached.peaks", lambda artifact, measured: machine)
     (note,) = add_cache_gain(rows, {str(tiny_artifact): artifact}, None)
     assert "(+20%)" in note and gain > 2
     assert rows[1]["predicted_speedup"] == pytest.approx(1 / gain, abs=1e-4)
@@ -188,6 +188,19 @@ def test_naive_stands_beside_the_roofline(tiny_artifact: Path, monkeypatch: pyte
     # the middle decode step stands for all of them, and the prompt's prefill for all naive ones
     assert rows[1]["measured_over_reached"] == pytest.approx(1 / 1.2, rel=0.05)
     assert "predicted_speedup_reached" not in rows[0]
+
+
+def test_closed_forms_know_the_tables_that_stay_floats(tiny_artifact: Path) -> None:
+    from types import SimpleNamespace
+
+    whole = open_artifact(tiny_artifact)
+
+    def bytes_of(quantization: str) -> float:
+        manifest = {"quantization": quantization, "attention": "flash"}
+        artifact = SimpleNamespace(config=whole.config, kind="cpu", manifest=manifest)
+        return step_seconds(closed_form(artifact), Machine("", "", 1.0, 1e6, None, ""), Case("decode", 1, 2))  # type: ignore[arg-type]
+
+    assert bytes_of("q8f32") < bytes_of("q8f32-float-head") < bytes_of("q0f32")
 
 
 def test_adaptive_lengths_curve_is_the_best_of_all(tiny_artifact: Path) -> None:

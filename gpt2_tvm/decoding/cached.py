@@ -8,28 +8,30 @@ be, the second whether time grows with the text as the closed forms have it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from gpt2_tvm.theory.closed import Model, total
-from gpt2_tvm.theory.dtypes import Dtypes
+from gpt2_tvm.theory.dtypes import stored_as
 from gpt2_tvm.theory.machine import Machine
 from gpt2_tvm.theory.predict import Case, forms_of, step_seconds
 
 if TYPE_CHECKING:
     from gpt2_tvm.artifact import Artifact
+    from gpt2_tvm.measure.bounds import Bounds
 
 Json = dict[str, Any]
 
 
 def closed_form(artifact: Artifact) -> Model:
     """The closed forms of an artifact's model."""
-    from gpt2_tvm.quantization import SCHEMES
+    from gpt2_tvm.quantization import get_scheme
 
-    scheme = SCHEMES[artifact.manifest["quantization"]]
-    dtypes = Dtypes(scheme.weight_dtype, scheme.compute_dtype, scheme.compute_dtype)
-    attention = artifact.manifest["attention"]
-    return Model(artifact.config, dtypes, attention, last_row=True, fast_math=artifact.kind == "cpu")
+    manifest = artifact.manifest
+    dtypes, tables = stored_as(get_scheme(manifest["quantization"]))
+    fast_math = artifact.kind == "cpu"
+    return Model(
+        artifact.config, dtypes, manifest["attention"], last_row=True, fast_math=fast_math, float_tables=tables
+    )
 
 
 def cache_gain(model: Model, machine: Machine, batch: int, prompt: int, tokens: int) -> float:
@@ -39,40 +41,16 @@ def cache_gain(model: Model, machine: Machine, batch: int, prompt: int, tokens: 
     return naive / sum(step_seconds(model, machine, Case("decode", batch, n)) for n in lengths)
 
 
-class Meter:
-    """What this machine reads and multiplies while a benchmark runs: a sample between turns, as a shared machine's
-    memory is twice as fast in one minute as in the next."""
-
-    def __init__(self, threads: int) -> None:
-        from gpt2_tvm.measure.loops import fma_loop, read_loop
-
-        self._loops = (read_loop(threads), fma_loop(threads))
-        self._samples: list[tuple[float, float]] = []
-        for loop in self._loops:
-            loop.run()  # does not count
-
-    def sample(self) -> None:
-        """Time both loops once."""
-        read, fma = self._loops
-        self._samples.append((read.rate(), fma.rate()))
-
-    def rates(self) -> tuple[float, float]:
-        """Medians: 10^9 bytes a second, 10^9 float32 operations a second."""
-        if not self._samples:
-            self.sample()
-        return median(read for read, _ in self._samples), median(fma for _, fma in self._samples)
-
-
-def peaks(artifact: Artifact, meter: Meter | None) -> Machine | None:
-    """The machine's rates: the target's, else the meter's; None where nobody knows."""
+def peaks(artifact: Artifact, measured: Bounds | None) -> Machine | None:
+    """The machine's rates: the target's, else as measured; None where nobody knows."""
     from gpt2_tvm.measure.bounds import target_bounds
 
     stated = target_bounds(artifact)
-    read = stated.bandwidth.gb_s if stated.bandwidth else None
-    fma = stated.arithmetic.gflop_s if stated.arithmetic else None
-    if meter is not None and artifact.kind == "cpu":
-        read, fma = meter.rates()
-    return Machine("", "", read, fma / 1e3, None, "") if read and fma else None
+    if measured is not None and artifact.kind == "cpu":
+        stated = measured
+    if stated.bandwidth is None or stated.arithmetic is None:
+        return None
+    return Machine("", "", stated.bandwidth.gb_s, stated.arithmetic.gflop_s / 1e3, None, "")
 
 
 def reached(model: Model, greedy: Json) -> Machine:
@@ -86,13 +64,13 @@ def reached(model: Model, greedy: Json) -> Machine:
     return Machine("", "", float(step) / seconds / 1e9, float(first) / greedy["first_token_time_us"] / 1e6, None, "")
 
 
-def add_cache_gain(rows: Sequence[Json], artifacts: Mapping[str, Artifact], meter: Meter | None) -> list[str]:
+def add_cache_gain(rows: Sequence[Json], artifacts: Mapping[str, Artifact], measured: Bounds | None) -> list[str]:
     """Write what the roofline predicts into rows of naive: `predicted_speedup` over greedy at the machine's rates,
     `predicted_speedup_reached` at those reached, and what was measured over each -> lines for people.
 
-    artifacts: the rows' own, by what they call them. meter: of the CPU that they ran on, if it was one.
-    Rows without a greedy one beside them are left as they are, and
-    so are models without closed forms (pruned ones).
+    artifacts: the rows' own, by what they call them. measured: the CPU that they ran on, if it was one, in the same
+    minutes. Rows without a greedy one beside them are left as they are, and so are models without closed forms
+    (pruned ones).
     """
     notes: list[str] = []
     known: dict[str, Machine | None] = {}
@@ -106,7 +84,7 @@ def add_cache_gain(rows: Sequence[Json], artifacts: Mapping[str, Artifact], mete
             continue
         model, kind = closed_form(artifact), row["target"]
         if kind not in known:
-            known[kind] = peaks(artifact, meter)
+            known[kind] = peaks(artifact, measured)
         sizes = (row["batch"], round(row["prompt_tokens"]), tokens)
         here = cache_gain(model, reached(model, plain), *sizes)
         machine = known[kind]

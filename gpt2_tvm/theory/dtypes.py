@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from gpt2_tvm.errors import UserError
+
+if TYPE_CHECKING:
+    from gpt2_tvm.quantization import Scheme
 
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float8": 8, "int8": 8, "int4": 4}
 SCALED = ("int8", "int4")
@@ -68,3 +72,8 @@ class Dtypes:
     def describe(self) -> str:
         """The four in one line."""
         return ", ".join(f"{kind} {name}" for kind, name in asdict(self).items())
+
+
+def stored_as(scheme: Scheme) -> tuple[Dtypes, tuple[str, ...]]:
+    """(dtypes of a scheme of weights, those of `TABLES` that stay in floats)."""
+    return Dtypes(scheme.weight_dtype, scheme.compute_dtype, scheme.compute_dtype), scheme.float_tables

@@ -17,7 +17,8 @@ from wgsl_harness import lower_to_wgsl, run
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.kernels.accept_draft import gpu_near_ties
 from gpt2_tvm.kernels.attention_forms import direct
-from gpt2_tvm.kernels.gpu_decode_attention import choose_splits, decode_attention
+from gpt2_tvm.kernels.gpu_decode_attention import decode_attention
+from gpt2_tvm.kernels.gpu_decode_blocks import choose_splits
 from gpt2_tvm.kernels.gpu_keep import keep_branch
 from gpt2_tvm.kernels.gpu_kv_append import kv_append
 from gpt2_tvm.kernels.gpu_prefill_attention import WEBGPU_TILES, choose_tile, prefill_attention

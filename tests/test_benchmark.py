@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -263,6 +266,22 @@ def test_load_of_others_is_counted_without_our_own() -> None:
     assert cores is not None and 0 <= cores <= (os.cpu_count() or 1) + 0.5
     worker.close()
     assert load.cores() is None
+
+
+def test_what_a_worker_s_child_uses_is_our_own() -> None:
+    spin = "import time; end = time.process_time() + 0.5\nwhile time.process_time() < end: pass"
+    parent = f"import subprocess, sys; input(); subprocess.run([sys.executable, '-c', {spin!r}]); print(); input()"
+    worker = subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert worker.stdin is not None and worker.stdout is not None
+    start = time.perf_counter()
+    blind, seeing = noise.OtherLoad([]), noise.OtherLoad([worker.pid])
+    worker.stdin.write("\n")
+    worker.stdin.flush()
+    worker.stdout.readline()
+    without, cores, wall = blind.cores(), seeing.cores(), time.perf_counter() - start
+    worker.communicate("\n")
+    assert without is not None and cores is not None
+    assert (without - cores) * wall > 0.4  # of the half second
 
 
 def test_a_turn_gives_the_engine_s_greedy_tokens(tiny_artifact: Path) -> None:

@@ -18,6 +18,7 @@ from gpt2_tvm.schedules.gemv_config import GemvConfig
 from tuning.heatmap import file_name
 from tuning.heatmaps.cells import table, within_noise
 from tuning.heatmaps.figure import MEASURES, draw
+from tuning.heatmaps.marks import about_mark, parse_mark
 from tuning.heatmaps.page import write_page
 from tuning.heatmaps.words import findings, paragraph, variance_shares
 from tuning.records import STOCK, Point, Records, read_records
@@ -103,6 +104,23 @@ def test_pictures(records: Records, tmp_path: Path, measure: str) -> None:
     first = file.with_suffix(".svg").read_bytes()
     draw(records, NAME, file, measure, peak_gb_s=1000.0)
     assert file.with_suffix(".svg").read_bytes() == first, "the same records give the same file"
+
+
+def test_a_marked_point(records: Records, tmp_path: Path) -> None:
+    mark = parse_mark("TS=8, TR=16,TILE_S=1,TILE_R=8")
+    assert mark == {"TS": 8, "TR": 16, "TILE_S": 1, "TILE_R": 8}
+    points = records.of(NAME)
+    best = min((p for p in points if p.ok), key=lambda p: p.time_us or 0)
+    (chosen,) = (p for p in points if (p.config.ts, p.config.tr, p.config.tile_s) == (8, 16, 1))
+    expected = f"{chosen.time_us:.1f} us, {chosen.time_us / best.time_us:.2f} times the best's."
+    assert about_mark(points, mark, best) == f"M, TS=8 TR=16 TILE_S=1 TILE_R=8: {expected}"
+    assert about_mark(points, {"TS": 16, "TR": 16}, best) == "M, TS=16 TR=16: timeout."
+    assert about_mark(points, {"TS": 64}, best) == "M, TS=64: not tried."
+    draw(records, NAME, tmp_path / "map.png", mark=mark)
+    assert ">M<" in (tmp_path / "map.svg").read_text() and expected in (tmp_path / "map.svg").read_text()
+    for wrong in ("TS", "TS=x", "VEC=1", "TS=8,", ""):
+        with pytest.raises(UserError, match="say TS=1,TR=1,TILE_S=1,TILE_R=1"):
+            parse_mark(wrong)
 
 
 def test_the_page_holds_every_point_and_needs_no_network(records: Records, tmp_path: Path) -> None:

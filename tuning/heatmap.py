@@ -30,6 +30,10 @@ def main(
         str,
         typer.Option(help="Colour: time, gb_s, peak (share of the device's bandwidth), gain (over DLight's point)."),
     ] = "time",
+    mark: Annotated[
+        str | None,
+        typer.Option(metavar="TS=8,TR=16,...", help="Also mark this point (M), another device's best, say."),
+    ] = None,
     follow: Annotated[
         bool, typer.Option("--follow", help="Write the page again and again while a sweep runs; stop with Ctrl-C.")
     ] = False,
@@ -42,14 +46,17 @@ def main(
     \b
     Example:
       python -m tuning.heatmap artifacts/tuning/gpt2-q0f32-webgpu-gemv.jsonl --measure gain
+      python -m tuning.heatmap artifacts/records/static/rtx-4090-gemv.jsonl --mark TS=8,TR=16,TILE_S=1,TILE_R=8
     """
     from tuning.heatmaps.figure import draw
+    from tuning.heatmaps.marks import about_mark, parse_mark
     from tuning.heatmaps.page import write_page
     from tuning.heatmaps.words import paragraph
     from tuning.records import read_records
 
     if measure not in MEASURES:
         raise UserError(f"unknown measure {measure!r}; choose {', '.join(MEASURES)}")
+    marked = parse_mark(mark) if mark else {}
     folder = output or records.with_suffix("")
     while follow:
         try:
@@ -70,8 +77,11 @@ def main(
             print(f"{name}: no point ran", file=sys.stderr)
             continue
         file = folder / f"{file_name(name)}.png"
-        told = draw(found, name, file, measure, peak)
-        print(f"- {name}: {paragraph(told, found.header['method'] != 'static')}")
+        told = draw(found, name, file, measure, peak, marked)
+        said = [paragraph(told, found.header["method"] != "static")]
+        if marked:
+            said.append(about_mark(found.of(name), marked, told.best))
+        print(f"- {name}: {' '.join(said)}")
         print(f"wrote {file} and .svg", file=sys.stderr)
     write_page(found, folder / "index.html", peak)
     print(f"wrote {folder / 'index.html'}", file=sys.stderr)

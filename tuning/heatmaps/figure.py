@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuning.heatmaps.cells import Cell, Table, table, value, within_noise
+from tuning.heatmaps.marks import Mark, about_mark, is_marked
 from tuning.heatmaps.words import Findings, findings, paragraph
 from tuning.records import Point, Records
 
@@ -52,8 +53,15 @@ def scale(measure: str, stock: Point | None, bytes_: int, peak_gb_s: float | Non
     return of
 
 
-def draw(records: Records, name: str, path: Path, measure: str = "time", peak_gb_s: float | None = None) -> Findings:
-    """Write `path` (.png) and the same as .svg for one product that has points which ran."""
+def draw(
+    records: Records,
+    name: str,
+    path: Path,
+    measure: str = "time",
+    peak_gb_s: float | None = None,
+    mark: Mark | None = None,
+) -> Findings:
+    """Write `path` (.png) and the same as .svg for one product that has points which ran. mark: a point shown as M."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -87,12 +95,12 @@ def draw(records: Records, name: str, path: Path, measure: str = "time", peak_gb
         f"TILE_S x TILE_R at TS={best.config.ts}, TR={best.config.tr}",
     )
     for ax, t, title in zip(axes, top, titles, strict=True):
-        _map(ax, t, of, norm, cmap, best, stock, numbers=True, measure=measure)
+        _map(ax, t, of, norm, cmap, best, stock, mark or {}, numbers=True, measure=measure)
         ax.set_title(title, fontsize=11)
     if rows:
         small = parts[1][0].subplots(rows, COLUMNS, squeeze=False)
         for ax, t in zip(small.flat, many, strict=False):
-            _map(ax, t, of, norm, cmap, best, stock, numbers=False, measure=measure)
+            _map(ax, t, of, norm, cmap, best, stock, mark or {}, numbers=False, measure=measure)
             ax.set_title(f"TILE_S={t.fixed['TILE_S']}, TILE_R={t.fixed['TILE_R']}", fontsize=9)
         for ax in list(small.flat)[len(many) :]:
             ax.set_visible(False)
@@ -103,11 +111,12 @@ def draw(records: Records, name: str, path: Path, measure: str = "time", peak_gb
         bar.ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     bar.ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
     bar.ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    _legend(parts[0][0], found, points)
+    _legend(parts[0][0], found, points, bool(mark))
     header = records.header
-    kind = "predicted for" if header["method"] == "static" else "on"
-    figure.suptitle(f"{name}, {kind} {header['device']}, {header['date']}", fontsize=13)
-    figure.supxlabel(textwrap.fill(paragraph(found, header["method"] != "static"), 150), fontsize=9, x=0.01, ha="left")
+    where = f"predicted for {header['target']}" if header["method"] == "static" else f"on {header['device']}"
+    figure.suptitle(f"{name}, {where}, {header['date']}", fontsize=13)
+    said = paragraph(found, header["method"] != "static") + (f" {about_mark(points, mark, best)}" if mark else "")
+    figure.supxlabel(textwrap.fill(said, 150), fontsize=9, x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     for file in (path, path.with_suffix(".svg")):
         _save(figure, file)
@@ -123,6 +132,7 @@ def _map(
     cmap: Any,
     best: Point,
     stock: Point | None,
+    marked: Mark,
     numbers: bool,
     measure: str,
 ) -> None:
@@ -157,18 +167,21 @@ def _map(
         if numbers:
             ax.text(j, i, _short(shown, measure), ha="center", va="center", fontsize=8, color=ink)
         mark = "★" if point.config == best.config else "D" if stock and point.config == stock.config else ""
+        mark += "M" if is_marked(point, marked) else ""
         if mark:
             # in a corner where there is a number, else in the middle
             x, y = (j - 0.33, i + 0.3) if numbers else (j, i)
             ax.text(x, y, mark, ha="center", va="center", fontsize=10 if numbers else 7, color=ink, fontweight="bold")
 
 
-def _legend(figure: Any, found: Findings, points: list[Point]) -> None:
+def _legend(figure: Any, found: Findings, points: list[Point], marked: bool) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     handles: list[Any] = [Line2D([], [], marker="*", color="black", linestyle="", label="best")]
     handles.append(Line2D([], [], marker="$D$", color="black", linestyle="", label="DLight's own point"))
+    if marked:
+        handles.append(Line2D([], [], marker="$M$", color="black", linestyle="", label="marked"))
     handles.append(Patch(facecolor="none", edgecolor="#d62728", label="not to be told from the best"))
     for status in sorted({p.status for p in points if not p.ok} & set(HATCHES)):
         handles.append(Patch(facecolor="#f0f0f0", edgecolor="#999999", hatch=HATCHES[status], label=status))

@@ -149,6 +149,33 @@ def test_a_sweep_of_the_bundled_model(swept: Path) -> None:
     assert found.header["launch_floor_us"] > 0
 
 
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "lanes"), [("q8f32", "int8", 4), ("q16f32", "float16", 2), ("q4f32_1", "int4", 8)]
+)
+def test_products_of_packed_weights_are_checked_and_timed(quantization: str, dtype: str, lanes: int) -> None:
+    """Weights in words of 32 bits, against their values in float64."""
+    from wgsl_harness import device
+
+    from tuning.candidates.sampling import Budget
+    from tuning.candidates.webgpu import WebgpuCandidates
+    from tuning.sweep_setup import Setup
+
+    device()
+    setup = Setup.make("bundled", "webgpu", quantization, 1, "attn.c_proj,mlp.c_fc", "schedule2", "random", 3, 0)
+    backend = WebgpuCandidates(lambda *_: None, "webgpu", setup.tasks, Budget(0.01))
+    assert len(setup.searches) == 2
+    for search in setup.searches:
+        assert search.workload.dtype == dtype
+        results: dict[GemvConfig, float | None] = {}
+        while (config := search.strategy.ask(results, set())) is not None:
+            assert config.tile_r % lanes == 0
+            backend.build(search.workload.name, config)
+            value = backend.run(search.workload.name, config)
+            assert 0 < value["error"] < 1e-4
+            results[config] = value["time_us"]
+        assert len(results) == 3
+
+
 def test_heatmaps_of_it(swept: Path, tmp_path: Path) -> None:
     done = command("tuning.heatmap", str(swept), "--output", str(tmp_path), "--measure", "gain")
     assert done.returncode == 0, done.stderr

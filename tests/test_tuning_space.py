@@ -12,7 +12,8 @@ from planted_candidates import time_of
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.schedules.gemv_config import GemvConfig
 from targets import load_target
-from tuning.predict import Compiled, ModelGuided, predict_us
+from tuning.guided import ModelGuided, nonnegative
+from tuning.predict import WORK, Compiled, predict_us, work
 from tuning.search import Grid, Random, Strategy, get_strategy
 from tuning.space import SPACES, Context, describe, get_spaces, points, stock_point, why_not
 from tuning.workloads import Workload
@@ -20,7 +21,8 @@ from tuning.workloads import Workload
 
 def workload(n: int = 768, k: int = 768, dtype: str = "float16", rows: int = 1) -> Workload:
     name = f"w {n}x{k} {dtype}"
-    return Workload(name, n, k, rows, dtype, dtype, dtype, ("w",), 12, 2 * n * k, 2 * n * k, ("bias",), "0" * 16)
+    x = dtype if dtype.startswith("float") else "float16"
+    return Workload(name, n, k, rows, dtype, x, x, ("w",), 12, 2 * n * k, 2 * n * k, ("bias",), "0" * 16)
 
 
 @pytest.mark.parametrize("target", ["h200", "rtx-4090", "m2-ultra", "gfx942", "webgpu"])
@@ -45,6 +47,23 @@ def test_every_point_is_kept_or_counted_with_its_reason(space: str, target: str)
             assert config.vec_load <= 8, "WGSL's vectors have 4 lanes: 8 bytes of float16"
             assert -(-w.outputs // (config.ts * config.tile_s)) <= 65535
         assert why_not(config, w, device) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "widths"),
+    [
+        ("h200", "int8", {8, 16}),  # of tiles of 8, 16, 24, ... weights of a byte
+        ("webgpu", "int8", {8, 16}),  # four words of 32 bits
+        ("webgpu", "int4", {4, 8, 16}),
+        ("webgpu", "float16", {8}),
+        ("m2-ultra", "float16", {8}),
+        ("h200", "float16", {16}),
+        ("h200", "int4", {4, 8, 16}),
+    ],
+)
+def test_loads_are_as_wide_as_tile_and_device_allow(target: str, dtype: str, widths: set[int]) -> None:
+    found = points(SPACES["schedule2"], workload(4096, 3072, dtype), load_target(target)).configs
+    assert {c.vec_load for c in found} == widths
 
 
 def test_the_studys_spaces() -> None:
@@ -129,6 +148,52 @@ def test_the_model_finds_the_best_of_a_grid_in_a_tenth_of_the_trials(seed: int) 
     best = min(t for c in configs if (t := time(c)) is not None)
     assert len(found) <= -(-len(configs) // 10)
     assert min(t for t in found.values() if t is not None) <= 1.02 * best
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_model_learns_what_a_device_charges_for(seed: int) -> None:
+    """A software device: no bandwidth to share, but a price for every thread, step and sum; noise of 2 %."""
+    device, w = load_target("webgpu"), workload(768, 768, "float32")
+    configs = [c for space in ("schedule1", "schedule2") for c in points(SPACES[space], w, device).configs]
+    configs = list(dict.fromkeys(configs))
+    random = np.random.default_rng(seed)
+    price = random.uniform(0.2, 2.0, len(WORK))
+    noise = {c: float(random.normal(1, 0.005)) for c in configs}
+
+    def time(c: GemvConfig) -> float:
+        return float(np.dot(price, work(c, w, device))) / 1e4 * noise[c]
+
+    found = run_search(ModelGuided(configs, w, device, None, seed), time)
+    assert len(found) <= -(-len(configs) // 10)
+    assert min(t for t in found.values() if t is not None) <= 1.02 * min(map(time, configs))
+
+
+def test_weights_that_are_not_negative() -> None:
+    random = np.random.default_rng(0)
+    a, x = random.uniform(0, 1, (40, 5)), np.array([0.0, 2.0, 0.0, 0.5, 1.0])
+    assert np.allclose(nonnegative(a, a @ x), x, atol=1e-4)
+    towards = a @ np.array([-1.0, 2.0, 0.3, 0.5, 1.0])
+    found = nonnegative(a, towards)
+    assert (found >= 0).all() and found[0] == 0
+    rest, _, _, _ = np.linalg.lstsq(a[:, 1:], towards, rcond=None)  # the others are as if the first were not there
+    assert (rest > 0).all() and np.allclose(found[1:], rest, atol=1e-4)
+
+
+def test_work_counts_padding_and_threads() -> None:
+    w, device = workload(100, 768, "float32"), load_target("webgpu")
+    counts = dict(zip(WORK, work(GemvConfig(8, 4, 2, 8, vec_load=16, vec_c=4), w, device), strict=True))
+    blocks, threads = 7, 7 * 32  # 7 x 16 outputs cover 100
+    steps = threads * 24  # of 4 x 8 elements, 768 of them
+    assert counts == {
+        "multiply-adds": steps * 16,
+        "steps": steps,
+        "threads": threads,
+        "weight loads": steps * 16 * 4 / 16,
+        "x loads": steps * 2,
+        "sums across threads": threads * 2 * 2,
+        "barriers": threads * 2,
+        "blocks": blocks,
+    }
 
 
 def test_unknown_strategy() -> None:

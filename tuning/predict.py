@@ -1,4 +1,4 @@
-"""How long a point should take, from bandwidth and occupancy, and a search that corrects this by what it measures.
+"""How long a point should take, from bandwidth and occupancy.
 
 The model: a GEMV is bound by reading its weight, at the device's bandwidth as far as enough bytes are in flight
 (Little's law: bandwidth x latency), by issuing instructions, and by its last, partial wave of blocks:
@@ -9,21 +9,20 @@ The model: a GEMV is bound by reading its weight, at the device's bandwidth as f
     issue     = instructions of all warps / (multiprocessors x warps issued a cycle x clock)
     time      = max(memory, issue) + launches x launch + steps of the reduction across threads
 
-It knows nothing of caches, banks or the compiler, and only has to rank. `ModelGuided` corrects it by what it measures.
+It knows nothing of caches, banks or the compiler, and only has to rank; `tuning.guided` corrects it by what is
+measured.
+
+`work` counts what a point makes any device do; what each of these costs there is left to a fit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from gpt2_tvm.schedules.gemv_config import GemvConfig
 from targets import DeviceTarget
 from targets.device import Cores
-from tuning.search import Results
 from tuning.space import Context
 from tuning.workloads import Workload
 
@@ -121,86 +120,25 @@ def predict_us(config: GemvConfig, workload: Workload, target: DeviceTarget, com
     return max(memory_us, issue_us) + reduce_us + m.launch_us * (1 if config.split_k == 1 else 2)
 
 
-class ModelGuided:
-    """A tenth of the points: the model's best first, then where the corrected model expects the most.
-
-    The correction is a Gaussian process over the logarithms of the parameters, fitted to what the model leaves open of
-    log time; the next point has the largest expected improvement (Jones, Schonlau, Welch 1998, J. Global Optimization
-    13).
-    """
-
-    FIRST = 0.3  # share of the trials that the model alone chooses: its best, and every so-many-th of the rest
-    LENGTHS = (0.5, 1.0, 2.0, 4.0)  # of the process, in standard deviations of a parameter; the likeliest is taken
-    NOISE = 1e-4  # variance of a measured logarithm: 1 %
-    FAILED = math.log(4.0)  # a failed point counts as so much slower than the slowest
-
-    def __init__(
-        self, configs: Sequence[GemvConfig], workload: Workload, target: DeviceTarget, trials: int | None, seed: int
-    ) -> None:
-        self.configs = list(configs)
-        self.trials = min(len(self.configs), trials if trials is not None else max(8, round(len(self.configs) / 10)))
-        self.predicted = np.log([predict_us(c, workload, target) for c in self.configs])
-        features = np.array([_features(c) for c in self.configs])
-        spread = features.std(0)
-        self.features = (features - features.mean(0)) / np.where(spread > 0, spread, 1)
-        self.index = {c: i for i, c in enumerate(self.configs)}
-        first = max(1, round(self.trials * self.FIRST))
-        ranked = np.argsort(self.predicted)
-        best, spread_out = ranked[: first // 2], ranked[:: max(1, len(ranked) // max(1, first - first // 2))]
-        self.first = list(dict.fromkeys([*best.tolist(), *spread_out.tolist()]))[:first]
-
-    def ask(self, results: Results, running: set[GemvConfig]) -> GemvConfig | None:
-        tried = {self.index[c] for c in (*results, *running) if c in self.index}
-        if len(tried) >= self.trials:
-            return None
-        for i in self.first:
-            if i not in tried:
-                return self.configs[i]
-        score = self._improvement(results)
-        return next((self.configs[i] for i in np.argsort(-score) if i not in tried), None)
-
-    def _improvement(self, results: Results) -> np.ndarray:
-        """Expected improvement of every point on the best known log time."""
-        known = [(self.index[c], t) for c, t in results.items() if c in self.index]
-        times = [math.log(t) for _, t in known if t is not None]
-        if len(times) < 3:
-            return -self.predicted
-        rows = np.array([i for i, _ in known])
-        measured = np.array([math.log(t) if t is not None else max(times) + self.FAILED for _, t in known])
-        trend = self._trend(rows, measured)
-        mean, sd = self._process(rows, measured - trend[rows])
-        gain = min(times) - (trend + mean)
-        z = gain / sd
-        density = np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-        below = 0.5 * (1 + np.vectorize(math.erf)(z / math.sqrt(2)))
-        return gain * below + sd * density
-
-    def _trend(self, rows: np.ndarray, measured: np.ndarray) -> np.ndarray:
-        """The model's prediction, as far as what was measured goes along with it: its least-squares slope, 0 to 1."""
-        own = self.predicted[rows] - self.predicted[rows].mean()
-        slope = float(own @ (measured - measured.mean()) / max(float(own @ own), 1e-9))
-        return min(1.0, max(0.0, slope)) * self.predicted
-
-    def _process(self, rows: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation at every point, given `values` at `rows` (Rasmussen, Williams 2006, ch. 2)."""
-        centre, variance = values.mean(), max(float(values.var()), 1e-6)
-        likeliest: tuple[float, np.ndarray, np.ndarray] | None = None
-        distance = ((self.features[:, None, :] - self.features[None, rows, :]) ** 2).sum(-1)
-        for length in self.LENGTHS:
-            across = variance * np.exp(-0.5 * distance / length**2)
-            factor = np.linalg.cholesky(across[rows] + (self.NOISE + 1e-3 * variance) * np.eye(len(rows)))
-            weights = np.linalg.solve(factor.T, np.linalg.solve(factor, values - centre))
-            likelihood = -0.5 * float((values - centre) @ weights) - float(np.log(np.diag(factor)).sum())
-            if likeliest is None or likelihood > likeliest[0]:
-                inner = np.linalg.solve(factor, across.T)
-                left = np.maximum(variance - (inner**2).sum(0), 1e-9)
-                likeliest = likelihood, centre + across @ weights, np.sqrt(left)
-        assert likeliest is not None
-        return likeliest[1], likeliest[2]
+WORK = ("multiply-adds", "steps", "threads", "weight loads", "x loads", "sums across threads", "barriers", "blocks")
 
 
-def _features(c: GemvConfig) -> list[float]:
-    """What the process runs over: logarithms, so that halving and doubling are as far."""
-    logs = [c.ts, c.tr, c.tile_s, c.tile_r, c.vec_load, c.vec_c, c.split_k, c.threads]
-    flags = [c.s_axis == "x", c.shared_vector, c.reduction == "shared", c.unroll > 0]
-    return [*(math.log2(v) for v in logs), *(float(f) for f in flags)]
+def work(config: GemvConfig, workload: Workload, target: DeviceTarget) -> list[float]:
+    """How much of each of WORK one call does, in all threads together; what a block does past the last output, or past
+    the end of a row, is work too."""
+    at = Context(workload, target)
+    blocks = -(-workload.outputs // (config.ts * config.tile_s)) * config.split_k
+    threads = blocks * config.threads
+    steps = threads * max(1, -(-workload.reduced // (config.tr * config.tile_r * config.split_k)))
+    weights = steps * config.tile_s * config.tile_r
+    across = math.log2(config.tr) if config.tr > 1 else 0.0
+    return [
+        weights * workload.rows,
+        steps,
+        threads,
+        weights * at.item / config.vec_load,
+        steps * config.tile_r * workload.rows / config.vec_c,
+        threads * across * config.tile_s * workload.rows,
+        threads * across,
+        blocks,
+    ]

@@ -58,7 +58,7 @@ Maker = Callable[[Sequence[GemvConfig], Workload, DeviceTarget, int | None, int]
 def _model(
     configs: Sequence[GemvConfig], workload: Workload, target: DeviceTarget, trials: int | None, seed: int
 ) -> Strategy:
-    from tuning.predict import ModelGuided
+    from tuning.guided import ModelGuided
 
     return ModelGuided(configs, workload, target, trials, seed)
 

@@ -10,14 +10,14 @@ TS and TR go over powers of two. What a space leaves out has the value that DLig
 for VEC_LOAD in the study's two: as wide as the tile and the device allow.
 
 A point that cannot be built, or that is known to be slow for a reason of its own, is dropped before it costs a trial:
-`Constraint`s say why, and the sweep shows how many each of them dropped.
+`CONSTRAINTS` say why, and the sweep shows how many each of them dropped.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 POWERS = tuple(2**i for i in range(11))
 WIDEST = "widest"  # VEC_LOAD: as many bytes as the tile and the device allow
 VECTOR_BYTES = 16
-WGSL_LANES = 4
+WORD_BYTES = 4  # int8 and 4-bit weights are loaded in words of 32 bits
+LANES = {"webgpu": 4, "metal": 4}  # of the widest vector that WGSL and MSL have
 GRID_X = {"webgpu": 65535}
 # Registers of 32 bits that one thread can have. Apple names no figure.
 REGISTERS = {"cuda": 255, "rocm": 512}
@@ -102,6 +103,20 @@ class Context:
     def item(self) -> int:
         return ITEM_BYTES.get(self.workload.dtype, 1)  # of int4 there are two in a byte
 
+    @property
+    def loaded_bytes(self) -> int:
+        """Of one lane of a load."""
+        return WORD_BYTES if self.workload.dtype in ("int8", "int4") else self.item
+
+    def tile_bytes(self, tile_r: int) -> int:
+        """Weights of one output in a thread's tile; 0 where they are no whole byte."""
+        return tile_r * self.item if self.workload.dtype != "int4" else tile_r // 2 * (tile_r % 2 == 0)
+
+    @property
+    def widest_bytes(self) -> int:
+        """Of one load."""
+        return min(VECTOR_BYTES, LANES.get(self.target.kind, VECTOR_BYTES) * self.loaded_bytes)
+
     def shared_bytes(self, c: GemvConfig) -> int:
         """Shared memory of one block, as `TunableGemv` and TVM's lowering use it."""
         w = self.workload
@@ -137,27 +152,52 @@ def _register_limit(c: GemvConfig, at: Context) -> bool:
 
 
 def _alignment(c: GemvConfig, at: Context) -> bool:
-    lanes = max(1, c.vec_load // at.item)
-    return c.vec_load < at.item or c.tile_r % lanes != 0 or (at.target.kind == "webgpu" and lanes > WGSL_LANES)
+    return not at.loaded_bytes <= c.vec_load <= at.widest_bytes or at.tile_bytes(c.tile_r) % c.vec_load != 0
 
 
-CONSTRAINTS: dict[str, Constraint] = {
-    f"fewer than {MIN_THREADS} threads a block": lambda c, at: c.threads < MIN_THREADS,
-    "more threads than a block may have": _thread_limit,
-    "VEC_C does not divide TILE_R": lambda c, at: c.tile_r % c.vec_c != 0,
-    "a vector load would cross the tile, or is wider than the device loads": _alignment,
-    "TR x TILE_R does not divide K": lambda c, at: at.workload.reduced % (c.tr * c.tile_r * c.split_k) != 0,
-    "one block would own more than all outputs": lambda c, at: c.ts * c.tile_s > at.workload.outputs,
-    "more shared memory than a block may have": _shared_limit,
-    "more registers than a thread may have": _register_limit,
-    "more blocks than the grid's x axis may have": lambda c, at: (
-        -(-at.workload.outputs // (c.ts * c.tile_s)) > GRID_X.get(at.target.kind, 2**31 - 1)
+@dataclass(frozen=True)
+class Reason:
+    """Why a point falls. reads: the parameters that decide it, beside those that a space leaves out."""
+
+    why: str
+    reads: frozenset[str]
+    fails: Constraint
+
+
+def _reason(why: str, reads: str, fails: Constraint) -> Reason:
+    return Reason(why, frozenset(reads.split()), fails)
+
+
+_DIVIDES = "TR x TILE_R does not divide K"
+CONSTRAINTS: tuple[Reason, ...] = (
+    _reason(f"fewer than {MIN_THREADS} threads a block", "ts tr", lambda c, at: c.threads < MIN_THREADS),
+    _reason("more threads than a block may have", "ts tr", _thread_limit),
+    _reason(_DIVIDES, "tr tile_r", lambda c, at: at.workload.reduced % (c.tr * c.tile_r) != 0),
+    _reason("a vector load would cross the tile, or is wider than the device loads", "tile_r vec_load", _alignment),
+    _reason(
+        "one block would own more than all outputs",
+        "ts tile_s",
+        lambda c, at: c.ts * c.tile_s > at.workload.outputs,
     ),
-    "shared memory for a reduction that one thread does alone": lambda c, at: c.reduction == "shared" and c.tr == 1,
-    "shared memory for the reduction is all that the device has": lambda c, at: (
-        c.reduction == "shared" and at.target.kind not in ("cuda", "rocm", "metal")
+    _reason(
+        "more blocks than the grid's x axis may have",
+        "ts tile_s",
+        lambda c, at: -(-at.workload.outputs // (c.ts * c.tile_s)) > GRID_X.get(at.target.kind, 2**31 - 1),
     ),
-}
+    _reason("more registers than a thread may have", "tile_s tile_r vec_c", _register_limit),
+    _reason("more shared memory than a block may have", "ts tr shared_vector reduction", _shared_limit),
+    _reason(
+        "shared memory for a reduction that one thread does alone",
+        "tr reduction",
+        lambda c, at: c.reduction == "shared" and c.tr == 1,
+    ),
+    _reason(
+        "shared memory for the reduction is all that the device has",
+        "reduction",
+        lambda c, at: c.reduction == "shared" and at.target.kind not in ("cuda", "rocm", "metal"),
+    ),
+    _reason(_DIVIDES, "tr tile_r split_k", lambda c, at: at.workload.reduced % (c.tr * c.tile_r * c.split_k) != 0),
+)
 
 
 @dataclass(frozen=True)
@@ -180,23 +220,53 @@ class Points:
 
 
 def points(space: Space, workload: Workload, target: DeviceTarget) -> Points:
-    """Every point of `space` for a product on a device, and why the others are not tried."""
+    """Every point of `space` for a product on a device, and why the others are not tried.
+
+    Parameters get their values one after the other, and what some of them rule out takes every point below with it:
+    `full` has two million.
+    """
     at = Context(workload, target)
     kept: dict[GemvConfig, None] = {}
     dropped: Counter[str] = Counter()
-    base = stock_point(workload, target)
-    for config in _product(space, base, at):
-        if isinstance(config, str):
-            dropped[config] += 1
-            continue
-        reason = next((why for why, fails in CONSTRAINTS.items() if fails(config, at)), None)
-        if reason is not None:
-            dropped[reason] += 1
-        elif config in kept:
-            dropped["the same as another point"] += 1
-        else:
+    stock = stock_point(workload, target)
+    names = [name.lower() for name in space.values]
+    follow = None if "vec_c" in names else stock.vec_c
+    below = [math.prod(len(values) for values in list(space.values.values())[i + 1 :]) for i in range(len(names))]
+    # each reason as soon as the last parameter that it reads is there; those that a space leaves out may follow TILE_R
+    fixed = {name for reason in CONSTRAINTS for name in reason.reads} - set(names)
+    when: list[list[Reason]] = [[] for _ in names]
+    for reason in CONSTRAINTS:
+        reads = {("tile_r" if name in fixed else name) for name in reason.reads}
+        when[max(names.index(name) for name in reads)].append(reason)
+
+    def give(config: GemvConfig, depth: int) -> None:
+        if depth == len(names):
+            if config in kept:
+                dropped["the same as another point"] += 1
             kept[config] = None
+            return
+        for value in space.values[names[depth].upper()]:
+            if names[depth] == "vec_c" and config.tile_r % value:  # no GemvConfig
+                dropped["VEC_C does not divide TILE_R"] += below[depth]
+                continue
+            changed = _with(config, names[depth], value, follow, at)
+            failed = next((reason.why for reason in when[depth] if reason.fails(changed, at)), None)
+            if failed is None:
+                give(changed, depth + 1)
+            else:
+                dropped[failed] += below[depth]
+
+    give(replace(stock, vec_c=1), 0)
     return Points(space, tuple(kept), dropped)
+
+
+def _with(config: GemvConfig, name: str, value: Any, vec_c: int | None, at: Context) -> GemvConfig:
+    """`config` with a parameter of a space. vec_c: goes with TILE_R, as far as it divides the tile."""
+    if name == "vec_load" and value == WIDEST:
+        value = _widest(config.tile_r, at)
+    if name == "tile_r" and vec_c is not None:
+        return replace(config, tile_r=value, vec_c=max(v for v in (1, 2, 4, 8) if v <= vec_c and value % v == 0))
+    return replace(config, **{name: value})
 
 
 def stock_point(workload: Workload, target: DeviceTarget) -> GemvConfig:
@@ -207,30 +277,14 @@ def stock_point(workload: Workload, target: DeviceTarget) -> GemvConfig:
 def why_not(config: GemvConfig, workload: Workload, target: DeviceTarget) -> str | None:
     """The first reason not to try a point, or None."""
     at = Context(workload, target)
-    return next((why for why, fails in CONSTRAINTS.items() if fails(config, at)), None)
-
-
-def _product(space: Space, base: GemvConfig, at: Context) -> Iterator[GemvConfig | str]:
-    names = [name.lower() for name in space.values]
-    for combination in itertools.product(*space.values.values()):
-        changes = dict(zip(names, combination, strict=True))
-        if "vec_c" not in changes:  # DLight's width as far as it divides the tile
-            changes["vec_c"] = max(v for v in (1, 2, 4, 8) if v <= base.vec_c and changes["tile_r"] % v == 0)
-        if changes.get("vec_load") == WIDEST:
-            changes["vec_load"] = _widest(changes["tile_r"], at)
-        if changes["tile_r"] % changes["vec_c"]:
-            yield "VEC_C does not divide TILE_R"
-            continue
-        yield replace(base, **changes)
+    return next((reason.why for reason in CONSTRAINTS if reason.fails(config, at)), None)
 
 
 def _widest(tile_r: int, at: Context) -> int:
-    lanes = VECTOR_BYTES // at.item
-    if at.target.kind == "webgpu":
-        lanes = min(lanes, WGSL_LANES)
-    while tile_r % lanes:
-        lanes //= 2
-    return lanes * at.item
+    nbytes = at.widest_bytes
+    while nbytes > at.loaded_bytes and at.tile_bytes(tile_r) % nbytes:
+        nbytes //= 2
+    return nbytes
 
 
 def describe(config: GemvConfig, stock: GemvConfig | None = None, only: Iterable[str] = ()) -> str:

@@ -234,6 +234,7 @@ def compile_model(
     passes: str = "all",
     interface: str = OWN,
     prefill_chunk: int | None = None,
+    page: bool = True,
     progress: Progress | None = None,
 ) -> Path:
     """Compile a GPT-2 for a device and write its artifact.
@@ -262,6 +263,7 @@ def compile_model(
         interface: "own" (`Engine`), or "mlc": the functions that mlc-llm and web-llm call, over TVM's paged cache;
             batch_sizes' largest is how many sequences they may have at a time.
         prefill_chunk: tokens of one prefill call of "mlc"; longer prompts go in several. Default 512.
+        page: for webgpu, also link model.wasm, which a page and node load; without it the artifact runs through wgpu.
         progress: called with (what, share done); with a share of 0 for a note that the user should read.
 
     Returns the artifact's folder. Raises UserError for anything the user can mend.
@@ -296,13 +298,19 @@ def compile_model(
         plan = replace(plan, streams=read_plan(folder, source, stream_rows))
     final = Path(output) if output else Path("artifacts") / f"{source.name}-{plan.scheme.name}-{device.name}"
     with replacing_folder(final) as work:
-        seconds = _write(work, source, plan, Path(dump_ir) if dump_ir else None, say, weights)
+        seconds = _write(work, source, plan, Path(dump_ir) if dump_ir else None, say, weights, page)
     say(f"wrote {final} in {seconds:.1f} s", 1.0)
     return final
 
 
 def _write(
-    work: Path, source: ModelSource, plan: Plan, dump_ir: Path | None, say: Progress, weights: bool = True
+    work: Path,
+    source: ModelSource,
+    plan: Plan,
+    dump_ir: Path | None,
+    say: Progress,
+    weights: bool = True,
+    page: bool = True,
 ) -> float:
     """Fill the folder of an artifact; returns the seconds it took."""
     from gpt2_tvm.tensor_cache import TensorCacheWriter
@@ -339,8 +347,9 @@ def _write(
         from gpt2_tvm.kernel_list import write_kernel_list
 
         write_kernel_list(work, lowered, plan, executable)
-        say(f"linking {web.MODULE}", 0.5)
-        libraries += web.write_module(lowered.final, plan.target, work, lambda what: say(what, 0.0))
+        if page:
+            say(f"linking {web.MODULE}", 0.5)
+            libraries += web.write_module(lowered.final, plan.target, work, lambda what: say(what, 0.0))
     compile_seconds = time.perf_counter() - start
 
     total = sum(1 for _ in names)

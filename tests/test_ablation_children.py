@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,19 @@ import psutil
 import pytest
 
 from gpt2_tvm.errors import UserError
-from tuning.children import STATUSES, Child, Failure, Outcome, classify, one_line, run_once
+from tuning.children import (
+    MOST_JOBS,
+    STATUSES,
+    Call,
+    Child,
+    Failure,
+    Outcome,
+    classify,
+    jobs_at_once,
+    one_line,
+    run_each,
+    run_once,
+)
 
 UNBOUND = (
     "Memory verification failed with the following errors:\n  Variable `A` is directly accessed by host memory "
@@ -150,6 +163,52 @@ def test_what_a_child_started_ends_with_it() -> None:
         pytest.skip("the machine is too busy to start two processes in 3 seconds")
     assert outcome.status == "timeout"
     assert _gone(outcome.notes["other"])
+
+
+def meets(announce: Any, mine: str, other: str) -> str:
+    """Goes on once the other is there too."""
+    Path(mine).touch()
+    while not Path(other).exists():
+        time.sleep(0.02)
+    return Path(mine).name
+
+
+def test_several_at_a_time_in_the_order_of_the_calls(tmp_path: Path) -> None:
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    calls = [
+        Call("a", meets, (a, b)),
+        Call("b", meets, (b, a)),  # alone, each would wait for ever
+        Call("raises", raises, ("build", "planted")),
+        Call("adds", adds, (2, 3)),
+    ]
+    outcomes = list(run_each(calls, LIMIT_S, 2))
+    assert [(o.status, o.value) for o in outcomes] == [
+        ("ok", "a"),
+        ("ok", "b"),
+        ("compile-error", None),
+        ("ok", 5),
+    ]
+
+
+def test_closing_ends_what_is_under_way(tmp_path: Path) -> None:
+    calls = [Call("adds", adds, (2, 3)), Call("starts", notes_its_pid, (str(tmp_path / "pid"),))]
+    with closing(run_each(calls, LIMIT_S, 2)) as outcomes:
+        assert next(outcomes).value == 5
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.02)
+    assert _gone(int((tmp_path / "pid").read_text()))
+
+
+def test_as_many_jobs_as_cores_and_memory_allow() -> None:
+    assert jobs_at_once(1) in range(1, MOST_JOBS + 1)
+    assert jobs_at_once(1 << 60) == 1
+
+
+def notes_its_pid(announce: Any, file: str) -> None:
+    beside = Path(file + ".new")
+    beside.write_text(str(os.getpid()))
+    beside.replace(file)
+    time.sleep(1e6)
 
 
 def test_an_object_lives_from_call_to_call() -> None:

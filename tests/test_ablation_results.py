@@ -15,7 +15,7 @@ from faults import refusal
 
 from gpt2_tvm.cli import describe
 from targets import load_target
-from tuning import ablation_cache, ablation_figure, ablation_tables
+from tuning import ablation_against, ablation_cache, ablation_figure, ablation_tables
 from tuning.ablation_records import IDENTITY, Journal
 from tuning.ablation_results import ROW_KEYS, moved, result
 from tuning.variants import cells, variants
@@ -204,6 +204,27 @@ def test_functions_that_moved(planted: dict[str, Any]) -> None:
     assert (row["name"], row["rule_a"], row["rule_b"]) == ("mm", "fallback", "matmul")
     assert (row["prefill_time_us_a"], row["prefill_time_us_b"]) == (300.0, 100.0)
     assert moved(planted, "only-matmul", "without-gemv") == []
+
+
+def test_another_runs_medians_beside_these(planted: dict[str, Any], tmp_path: Path) -> None:
+    second = json.loads(json.dumps(planted))
+    for row in second["rows"]:
+        if row["set"] == "only-matmul":
+            row["prefill_tok_s"] *= 1.08
+            row["decode_tok_s"] *= 0.8
+    file = tmp_path / "second.json"
+    file.write_text(json.dumps(second))
+    text = ablation_against.against(planted, ablation_against.read_other(file))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert rows[2:] == [["baseline", "1.00", "1.00"], ["only-matmul", "1.08", "0.80"]]  # one row for each code
+    assert "prefill: 2 of 2 sets within 10 %, the furthest 8% apart" in text
+    assert "decode: 1 of 2 sets within 10 %, the furthest 25% apart" in text
+    second["identity"]["target"] = "cuda"
+    assert "another experiment (target cuda)" in refusal(lambda: ablation_against.against(planted, second))
+    second["identity"]["target"], second["rows"] = "x", []
+    assert "no set was timed" in refusal(lambda: ablation_against.against(planted, second))
+    for wrong in (tmp_path / "none.json", Path(__file__)):
+        assert "another run" in refusal(lambda wrong=wrong: ablation_against.read_other(wrong))
 
 
 def test_tables_say_it_all(planted: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="Rounds; in each every set has one turn.")] = 5,
     budget: Annotated[
         float, typer.Option(help="Seconds of timing after which a slow set leaves the rounds (3 at least).")
-    ] = 20.0,
+    ] = 12.0,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 322,
     generate: Annotated[int, typer.Option(help="Tokens to decode after it.")] = 64,
     records: Annotated[
@@ -78,6 +78,10 @@ def main(
     format_: Annotated[str, typer.Option("--format", help="What to print: md, csv or json.")] = "md",
     compare: Annotated[
         str | None, typer.Option(metavar="A,B", help="Also list the functions that moved between two sets.")
+    ] = None,
+    other: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="FILE", help="Also set another run's medians beside these (its --records)."),
     ] = None,
     timeout: Annotated[
         float, typer.Option(help="Seconds for compiling a set, loading it, checking it, and for each turn.")
@@ -130,6 +134,7 @@ def main(
       python -m tuning.ablation --model bundled --target webgpu --full-factorial --figure ablation.png
       python -m tuning.ablation --model bundled --passes
       python -m tuning.ablation --target rtx-4090 --attention materialized --compare baseline,only-gemv
+      python -m tuning.ablation --model bundled --report --records FIRST.json --against SECOND.json
     """
     from tuning.ablation_figure import files_of
     from tuning.ablation_tables import check_format
@@ -139,6 +144,10 @@ def main(
     if repeats < 1 or timeout <= 0 or budget < 0 or (alive is not None and alive < 1):
         raise UserError(f"--repeats {repeats} --timeout {timeout:g} --budget {budget:g}: repeats and timeout above 0")
     pair = _pair(compare)
+    if other is not None:
+        from tuning.ablation_against import read_other
+
+        read_other(other)  # before anything is measured
     if figure is not None:
         cli.check_writable("--figure", files_of(figure)[0])
     crossed = _names("--factors", factors)
@@ -169,7 +178,7 @@ def main(
     file = records or FOLDER / f"{'-'.join(parts)}.json"
     cli.check_writable("--records", file)
     if report:
-        _show(plan.recorded(file), format_, pair, None, figure)
+        _show(plan.recorded(file), format_, pair, None, figure, other)
         return
     from tuning.ablation_run import Ablation
 
@@ -192,7 +201,7 @@ def main(
     )
     if plan.source.note:
         print(f"note: {plan.source.note}", file=sys.stderr)
-    _run(run, plan, file, format_, pair, figure)
+    _run(run, plan, file, format_, pair, figure, other)
 
 
 class _Plan:
@@ -309,7 +318,13 @@ def _pair(compare: str | None) -> tuple[str, str] | None:
 
 
 def _run(
-    run: Ablation, plan: _Plan, file: Path, format_: str, pair: tuple[str, str] | None, figure: Path | None
+    run: Ablation,
+    plan: _Plan,
+    file: Path,
+    format_: str,
+    pair: tuple[str, str] | None,
+    figure: Path | None,
+    other: Path | None,
 ) -> None:
     """Measure, print, write. What an interrupted run has measured stays in the journal."""
     from gpt2_tvm.compile import progress_on_stderr
@@ -328,17 +343,26 @@ def _run(
         if journal.exists():
             print(f"what was measured is in {journal}; the same command again goes on from there", file=sys.stderr)
         raise
-    _show(plan.result(Journal.read(measured.path)), format_, pair, file, figure)
+    _show(plan.result(Journal.read(measured.path)), format_, pair, file, figure, other)
 
 
 def _show(
-    result: dict[str, Any], format_: str, pair: tuple[str, str] | None, file: Path | None, figure: Path | None
+    result: dict[str, Any],
+    format_: str,
+    pair: tuple[str, str] | None,
+    file: Path | None,
+    figure: Path | None,
+    other: Path | None,
 ) -> None:
+    from tuning.ablation_against import against, read_other
     from tuning.ablation_figure import draw
     from tuning.ablation_tables import render
 
     drawing = partial(draw, result, figure) if figure is not None else None
-    cli.conclude(render(result, format_, pair), result, file, drawing)
+    text = render(result, format_, pair)
+    if other is not None and format_ == "md":
+        text += "\n" + against(result, read_other(other))
+    cli.conclude(text, result, file, drawing)
 
 
 def _static(plan: _Plan, job: Job, timeout: float, format_: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,15 +20,19 @@ from targets import DeviceTarget
 from tuning import ablation_cache, ablation_peer, ablation_reference, ablation_work
 from tuning.ablation_records import Journal
 from tuning.ablation_work import Job
-from tuning.children import Child, Outcome, run_once
+from tuning.children import Call, Child, Outcome, jobs_at_once, run_each, run_once
 from tuning.journal import Line
+from tuning.measure.functions import WARMUPS
 from tuning.variants import Variant
 
 FEWEST = 3  # repeats of a set whose budget is spent
 FUNCTIONS_S, MOST_ROUNDS = 3.0, 20  # prefills that the timing of functions may take, in seconds and in rounds
+SLOW_FUNCTIONS_S = 1.0  # of a prefill: its functions are timed without rounds before
+WARM_S = 2.0  # a check that takes longer has run all that a turn runs for long enough
 SLOW_S = 10.0  # a prefill that long needs no warm-up turn
 RESERVE = 0.5  # the share of free memory that engines may take
 WHOLE = ("manifest.json", CHAT_CONFIG)  # either is the last file of a folder that a set was compiled into
+EACH_BYTES, EACH_WEIGHTS = 2 << 30, 4  # memory of one that compiles a set: the least, and how many times its weights
 CONTEXT_BYTES = 600 << 20  # of a GPU for each process: driver context, caches, work space
 
 Say = Callable[[str, float], Any]  # (what comes next, share done), as `build.Progress`
@@ -140,14 +145,26 @@ class Ablation:
 
     def _compile(self, journal: Journal, say: Say) -> dict[str, Line]:
         """Every set lowered, and its module built unless another set made the same; returns code to a set's line."""
-        codes: dict[str, Line] = {}
-        for index, variant in enumerate(self.variants):
-            made_from = self._made_from(variant.rules)
+        lines: dict[str, Line] = {}
+        todo = []
+        for variant in self.variants:
             line = journal.sets.get(variant.name)
-            if line is None or not self._stands(journal, variant, line, made_from):
-                say(f"compiling {variant.name}", 0.02 + 0.38 * index / len(self.variants))
-                line = self._compile_one(variant, made_from)
-                journal.append(line)
+            if line is None or not self._stands(journal, variant, line, self._made_from(variant.rules)):
+                todo.append(variant)
+            else:
+                lines[variant.name] = line
+        jobs = jobs_at_once(EACH_BYTES + EACH_WEIGHTS * 4 * self.source.config.num_parameters())
+        calls = [self._call(variant) for variant in todo]
+        if calls:
+            say(f"compiling {len(calls)} rule sets, {min(jobs, len(calls))} at a time", 0.02)
+        with closing(run_each(calls, self.timeout_s, jobs)) as outcomes:
+            for index, (variant, outcome) in enumerate(zip(todo, outcomes, strict=True)):
+                lines[variant.name] = self._set_line(variant, outcome)
+                journal.append(lines[variant.name])
+                say(f"compiled {variant.name}", 0.02 + 0.38 * (index + 1) / len(todo))
+        codes: dict[str, Line] = {}
+        for variant in self.variants:
+            line = lines[variant.name]
             if line["status"] == "ok":
                 codes.setdefault(line["code"], line)
         return codes
@@ -168,20 +185,22 @@ class Ablation:
             return line["status"] != "timeout" or self.timeout_s <= line["timeout_s"]
         return self._done(journal, line["code"]) or any((self._folder(line) / name).is_file() for name in WHOLE)
 
-    def _compile_one(self, variant: Variant, made_from: str) -> Line:
+    def _call(self, variant: Variant) -> Call:
+        """What compiles a set."""
+        label = f"compile {variant.name}"
+        if variant == ablation_peer.VARIANT:
+            return Call(label, ablation_peer.build, (self.job,))
         # The name of a set may be another's under other options; the rules as a list are what it means.
         rules = ",".join(variant.rules) or "baseline"
-        label = f"compile {variant.name}"
-        arguments = (self.job, rules, self._made_from())  # what rules of other people did is in the code's digest
-        if variant == ablation_peer.VARIANT:
-            outcome = run_once(label, ablation_peer.build, self.job, timeout_s=self.timeout_s)
-        else:
-            outcome = run_once(label, ablation_work.build, *arguments, timeout_s=self.timeout_s)
+        # what rules of other people did is in the code's digest
+        return Call(label, ablation_work.build, (self.job, rules, self._made_from()))
+
+    def _set_line(self, variant: Variant, outcome: Outcome) -> Line:
         line: Line = {
             "kind": "set",
             "set": variant.name,
             "rules": list(variant.rules),
-            "sources": made_from,
+            "sources": self._made_from(variant.rules),
             "status": outcome.status,
             "seconds": round(outcome.seconds, 2),
             **outcome.notes,
@@ -251,13 +270,15 @@ class Ablation:
         outcome = child.ready(self.timeout_s)
         if not self._fine(journal, code, outcome):
             return None
+        checked_s = 0.0
         if code not in journal.checks:
             outcome = child.ask("check", reference, timeout_s=self.timeout_s)
             if not self._fine(journal, code, outcome):
                 return None
             journal.append({"kind": "check", "code": code, "difference": outcome.value})
+            checked_s = outcome.seconds
         samples = journal.samples.get(code, {}).values()
-        if all(sample["prefill_s"] < SLOW_S for sample in samples):
+        if checked_s < WARM_S and all(sample["prefill_s"] < SLOW_S for sample in samples):
             outcome = child.ask("warm", timeout_s=self.timeout_s)
             if not self._fine(journal, code, outcome):
                 return None
@@ -299,8 +320,15 @@ class Ablation:
             say(f"timing functions: {line['set']}", 0.92 + 0.07 * index / len(codes))
             fastest = min(sample["prefill_s"] for sample in journal.samples[code].values())
             repeats = max(1, min(MOST_ROUNDS, int(FUNCTIONS_S / fastest)))
-            arguments = (self.job, str(self._folder(line)), repeats)
-            outcome = run_once(line["set"], ablation_work.time_functions, *arguments, timeout_s=self.timeout_s)
+            warmups = 0 if fastest > SLOW_FUNCTIONS_S else WARMUPS
+            child = self._children.get(code)
+            if child is not None:  # its shaders are compiled
+                outcome = child.ask("time_functions", repeats, warmups, timeout_s=self.timeout_s)
+                if not outcome.ok:
+                    self._children.pop(code)
+            else:
+                arguments = (self.job, str(self._folder(line)), repeats, warmups)
+                outcome = run_once(line["set"], ablation_work.time_functions, *arguments, timeout_s=self.timeout_s)
             told = {"times": outcome.value} if outcome.ok else {"times": {}, "detail": outcome.detail}
             journal.append({"kind": "functions", "code": code, "status": outcome.status, **told})
 

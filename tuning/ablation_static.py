@@ -6,11 +6,12 @@ import csv
 import io
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 from gpt2_tvm.measure.tables import markdown_table
 from tuning.ablation_work import Job, schedule
-from tuning.children import Announce, run_once
+from tuning.children import Announce, Call, jobs_at_once, run_each
 from tuning.variants import Variant
 
 Row = dict[str, Any]
@@ -27,6 +28,7 @@ COLUMNS = (
     ("token_loads", "launches a token by widest load"),
 )
 MOST_INSTRUCTIONS = 12
+EACH_BYTES = 2 << 30  # of memory, that compiling a set takes
 
 
 def compile_one(announce: Announce, job: Job, rules: str) -> Row:
@@ -56,18 +58,19 @@ def static_table(
     job: Job, variants: Sequence[Variant], timeout_s: float, say: Callable[[str, float], Any]
 ) -> list[Row]:
     """A row a set: set, rules, status, detail, and what `tuning.static.summary` says of it (not where it failed)."""
-    rows: list[Row] = []
-    for index, variant in enumerate(variants):
-        same = next((row for row in rows if row["rules"] == list(variant.rules)), None)
-        row: Row = {"set": variant.name, "rules": list(variant.rules), "status": "ok", "detail": ""}
-        if same is not None:
-            rows.append({**same, "set": variant.name})
-            continue
-        say(f"compiling {variant.name}", 0.02 + 0.96 * index / len(variants))
-        rules = ",".join(variant.rules) or "baseline"
-        outcome = run_once(variant.name, compile_one, job, rules, timeout_s=timeout_s)
-        row.update(outcome.value if outcome.ok else {"status": outcome.status, "detail": outcome.detail})
-        rows.append(row)
+    distinct = list({tuple(variant.rules): variant for variant in reversed(variants)}.values())[::-1]
+    jobs = jobs_at_once(EACH_BYTES)
+    calls = [Call(variant.name, compile_one, (job, ",".join(variant.rules) or "baseline")) for variant in distinct]
+    compiled: dict[tuple[str, ...], Row] = {}
+    say(f"compiling {len(calls)} sets, {jobs} at a time", 0.01)
+    with closing(run_each(calls, timeout_s, jobs)) as outcomes:
+        for index, (variant, outcome) in enumerate(zip(distinct, outcomes, strict=True)):
+            said = outcome.value if outcome.ok else {"status": outcome.status, "detail": outcome.detail}
+            compiled[tuple(variant.rules)] = {"status": "ok", "detail": "", **said}
+            say(f"compiled {variant.name}", 0.02 + 0.96 * (index + 1) / len(distinct))
+    rows: list[Row] = [
+        {"set": variant.name, "rules": list(variant.rules), **compiled[tuple(variant.rules)]} for variant in variants
+    ]
     return rows
 
 

@@ -18,6 +18,7 @@ FEWEST_CYCLES = 3  # of short ones: the first of a turn finds its threads asleep
 SHORT_S = 0.5
 
 
+FunctionTimes = dict[str, dict[str, dict[str, float]]]
 WEB = ("node", "chromium")  # devices that `runners.web` knows
 SOFTWARE = ("swiftshader", "llvmpipe", "microsoft basic render")
 
@@ -50,6 +51,11 @@ class Job:
         if self.toggles == "passes":
             return "full", "none" if names == "baseline" else names
         return names, "all"
+
+    @property
+    def in_a_page(self) -> bool:
+        """Whether the device is one that `runners.web` knows."""
+        return self.device in WEB
 
     @property
     def remote(self) -> bool:
@@ -168,6 +174,8 @@ def schedule(announce: Announce, job: Job, rules: str) -> dict[str, Any]:
         "scheme": asdict(plan.scheme),
         "versions": versions(),
     }
+    if job.in_a_page:
+        made_of["page"] = True  # an artifact for wgpu alone has no model.wasm
     del made_of["target"]["rules"]  # what they did is in the module
     functions = [{key: row[key] for key in ("name", "role", "rule", "kernels", "calls")} for row in rows]
     return {
@@ -197,6 +205,8 @@ def build(announce: Announce, job: Job, rules: str, made_from: str) -> dict[str,
     Announces what `schedule` found before anything is built. Returns {"artifact": the folder's name in the cache,
     "compile_s": seconds, None where it was there}.
     """
+    from filelock import FileLock
+
     from gpt2_tvm import toolchains
     from gpt2_tvm.build import compile_model
     from targets import load_target, specialise
@@ -205,22 +215,25 @@ def build(announce: Announce, job: Job, rules: str, made_from: str) -> dict[str,
     scheduled = schedule(announce, job, rules)
     announce("scheduled", scheduled)
     folder = ablation_cache.artifact_folder(Path(job.cache), scheduled["code"], made_from)
-    if (folder / "manifest.json").is_file():
-        return {"artifact": folder.name, "compile_s": None}
-    start = time.perf_counter()
-    compile_model(
-        job.model,
-        job.target,
-        job.quantization,
-        folder,
-        job.choices(rules)[0],
-        job.attention,
-        verify_widths=(ablation_reference.WIDTH,),
-        seed=job.seed,
-        passes=job.choices(rules)[1],
-        progress=lambda what, share: announce(what) if share else None,
-    )
-    ablation_cache.keep_one_copy(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # another set may come to the same code at the same time
+        if (folder / "manifest.json").is_file():
+            return {"artifact": folder.name, "compile_s": None}
+        start = time.perf_counter()
+        compile_model(
+            job.model,
+            job.target,
+            job.quantization,
+            folder,
+            job.choices(rules)[0],
+            job.attention,
+            verify_widths=(ablation_reference.WIDTH,),
+            seed=job.seed,
+            passes=job.choices(rules)[1],
+            page=job.in_a_page,
+            progress=lambda what, share: announce(what) if share else None,
+        )
+        ablation_cache.keep_one_copy(folder)
     return {"artifact": folder.name, "compile_s": round(time.perf_counter() - start, 2)}
 
 
@@ -282,17 +295,22 @@ class Subject:
             raise Failure("run-error", f"decode_greedy gave tokens of shape {list(timed.tokens.shape)}")
         return timed.prefill_s, timed.decode_s
 
+    def time_functions(self, repeats: int, warmups: int) -> FunctionTimes:
+        """Each function's time, by `tuning.measure.functions`: {"prefill": {function: {"time_us", "time_us_sd"}},
+        "decode": the same}. repeats: rounds of the prefill; a decode step is shorter and has at least 10.
+        """
+        from tuning.measure.functions import time_engine
 
-def time_functions(announce: Announce, job: Job, folder: str, repeats: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Each function's time, by `tuning.measure.functions`: {"prefill": {function: {"time_us", "time_us_sd"}}, "decode":
-    the same}. repeats: rounds of the prefill; a decode step is shorter and has at least 10.
-    """
-    from tuning.measure.functions import time_functions as measure
+        calls = {"prefill": "prefill", "decode_b1": "decode"}
+        found: FunctionTimes = {told: {} for told in calls.values()}
+        self._announce("timing functions")
+        rounds = {"prefill": repeats, "decode_b1": max(10, repeats)}
+        timed = time_engine(self._engine, tuple(calls), self._job.prompt_tokens, rounds, warmups, whole=warmups > 0)
+        for one in timed.values():
+            found[calls[one.call]][one.function] = {"time_us": one.time_us, "time_us_sd": one.time_us_sd}
+        return found
 
-    calls = {"prefill": "prefill", "decode_b1": "decode"}
-    found: dict[str, dict[str, dict[str, float]]] = {told: {} for told in calls.values()}
-    announce("timing functions")
-    rounds = {"prefill": repeats, "decode_b1": max(10, repeats)}
-    for one in measure(folder, tuple(calls), job.prompt_tokens, rounds, job.device).values():
-        found[calls[one.call]][one.function] = {"time_us": one.time_us, "time_us_sd": one.time_us_sd}
-    return found
+
+def time_functions(announce: Announce, job: Job, folder: str, repeats: int, warmups: int) -> FunctionTimes:
+    """`Subject.time_functions` where no process holds the artifact any more."""
+    return Subject(announce, job, folder).time_functions(repeats, warmups)

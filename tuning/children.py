@@ -1,7 +1,8 @@
 """Child processes with a time limit, and what became of them as a typed outcome.
 
 A schedule that is wrong can raise, hang, kill its process or compute nonsense. Whatever is not proved yet runs in a
-child; the parent gets an `Outcome` and goes on. For one call there is `run_once`; a `Child` holds an object (an engine
+child; the parent gets an `Outcome` and goes on. For one call there is `run_once`, for many that may run side by side
+`run_each`; a `Child` holds an object (an engine
 with its weights, say) and answers many calls.
 
     outcome = run_once("candidate 17", build_and_time, config, timeout_s=30)   # build_and_time(announce, config)
@@ -21,9 +22,11 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +48,7 @@ STATUSES: tuple[str, ...] = Status.__args__  # type: ignore[attr-defined]
 Announce = Callable[..., None]  # (stage, notes=None): notes is a dict that `Outcome.notes` will hold
 
 STOP_S = 5.0  # how long an idle child may take to end before it is ended
+MOST_JOBS = 8  # children that compile at a time
 TICK_S = 0.5  # how often the parent looks at the clock
 JUMP_S = 2.0  # a longer gap between two looks means that the machine or this program was suspended
 COMPILING = ("lower", "rule", "schedule", "build", "shader")  # first words of stages in which code is made
@@ -235,6 +239,45 @@ def run_once(label: str, function: Callable[..., Any], *arguments: Any, timeout_
         raise
     child.close()
     return Outcome(outcome.status, outcome.value, outcome.detail, outcome.stage, outcome.seconds, outcome.notes)
+
+
+@dataclass(frozen=True)
+class Call:
+    """`function(announce, *arguments)` for a child; `label` as for `Child`."""
+
+    label: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+def run_each(calls: Iterable[Call], timeout_s: float, jobs: int = 1) -> Generator[Outcome, None, None]:
+    """The outcome of each call in a child of its own, in the order of the calls, up to `jobs` of them at a time.
+
+    For what is not timed. A call's limit counts from when its outcome is waited for. Closing the generator ends what is
+    under way.
+    """
+    todo, running = iter(calls), deque[Child]()
+    try:
+        while True:
+            for call in islice(todo, jobs - len(running)):
+                running.append(Child(call.label, _Once, call.function, call.arguments))
+            if not running:
+                return
+            outcome = running[0].ready(timeout_s)
+            running.popleft().close()
+            yield outcome
+    finally:
+        for child in running:
+            child.kill()
+
+
+def jobs_at_once(each_bytes: int) -> int:
+    """How many children that compile may run at a time: one a core that this process may use, in half of the free
+    memory. each_bytes: what one takes."""
+    import psutil
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, MOST_JOBS, psutil.virtual_memory().available // 2 // each_bytes))
 
 
 def _innermost(lines: list[str]) -> str:

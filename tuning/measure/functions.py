@@ -68,7 +68,8 @@ class FunctionTimes(dict[str, FunctionTime]):
 
 @dataclass(frozen=True)
 class Timed:
-    """What a timer gives for one round: (function, microseconds) in the order of the calls."""
+    """What a timer gives for one round: (function, microseconds) in the order of the calls. whole_us: the sum of these
+    where the call as a whole was not timed."""
 
     parts: list[tuple[str, float]]
     whole_us: float
@@ -80,8 +81,8 @@ class Timer(Protocol):
     method: str
     overhead_us: float
 
-    def round(self) -> Timed:
-        """Run the model call once as a whole, and once function by function."""
+    def round(self, whole: bool = True) -> Timed:
+        """Run the model call once as a whole, unless that is not wanted, and once function by function."""
         ...
 
 
@@ -105,25 +106,43 @@ def time_functions(
     Raises UserError for calls or sizes that the artifact does not have.
     """
     from gpt2_tvm.engine import Engine
-    from gpt2_tvm.measure.cases import Case
-    from gpt2_tvm.measure.subjects import prompt_of
 
     if device is not None and device.startswith("rpc://"):
         raise UserError(f"functions are timed on the machine that runs them, not through {device}; run this there")
-    wanted = dict.fromkeys(calls, repeats) if isinstance(repeats, int) else dict(repeats)
-    if min(wanted.values()) < 1 or prompt_tokens < 1:
+    if min([repeats] if isinstance(repeats, int) else repeats.values()) < 1 or prompt_tokens < 1:
         raise UserError(f"--repeats {repeats} --prompt-tokens {prompt_tokens}: both must be at least 1")
-    engine = Engine(artifact, device, threads=threads)
+    return time_engine(Engine(artifact, device, threads=threads), calls, prompt_tokens, repeats)
+
+
+def time_engine(
+    engine: Any,
+    calls: Sequence[str] = ("prefill", "decode_b1"),
+    prompt_tokens: int = 322,
+    repeats: int | Mapping[str, int] = REPEATS,
+    warmups: int = WARMUPS,
+    whole: bool = True,
+) -> FunctionTimes:
+    """`time_functions` in an engine that is there, with its caches empty after it.
+
+    warmups: rounds that do not count. whole: time the calls as a whole too; otherwise `coverage` says nothing.
+    """
+    from gpt2_tvm.measure.cases import Case
+    from gpt2_tvm.measure.subjects import prompt_of
+
+    wanted = dict.fromkeys(calls, repeats) if isinstance(repeats, int) else dict(repeats)
     batches = {call: _batch(call, engine.artifact.batch_sizes) for call in calls}
     length = min(prompt_tokens, engine.max_seq_len - 1)
     times = FunctionTimes()
+    filled = 0  # sequences that hold the prompt
     for call in calls:
         prompt = prompt_of(engine.artifact, Case(batches[call], length, 1))
-        recorded = _record(engine, call, prompt)
-        rounds = _rounds(make_timer(engine, recorded), wanted[call], call, times)
+        recorded = _record(engine, call, prompt, call != "prefill" and filled == batches[call])
+        filled = batches[call] if call == "prefill" else 0
+        rounds = _rounds(make_timer(engine, recorded), wanted[call], warmups, whole, call, times)
         for function, (mean, sd, count) in rounds.items():
             key = function if len(calls) == 1 else f"{call}:{function}"
             times[key] = FunctionTime(function, call, mean, sd, count)
+    engine.reset()
     return times
 
 
@@ -138,12 +157,14 @@ def _batch(call: str, sizes: Sequence[int]) -> int:
     raise UserError(f"no call {call!r} can be timed; this artifact has {known}")
 
 
-def _record(engine: Any, call: str, prompt: np.ndarray) -> Call:
-    """Bring the engine to where `call` would be made and make it; returns it with its inputs."""
+def _record(engine: Any, call: str, prompt: np.ndarray, filled: bool = False) -> Call:
+    """Bring the engine to where `call` would be made and make it; returns it with its inputs. filled: it is there, for
+    a prefill that is made again writes what it wrote."""
     seen: list[Call] = []
-    engine.reset()
     with watched(engine, seen.append):
-        engine.prefill(prompt)
+        if not filled:
+            engine.reset()
+            engine.prefill(prompt)
         if call != "prefill":
             engine.decode(np.full(len(prompt), int(prompt[0, -1]), np.int32))
     return next(one for one in reversed(seen) if one.function == call)
@@ -161,15 +182,17 @@ def make_timer(engine: Any, call: Call) -> Timer:
     return ReplayTimer(engine, call, names)
 
 
-def _rounds(timer: Timer, repeats: int, call: str, times: FunctionTimes) -> dict[str, tuple[float, float, int]]:
+def _rounds(
+    timer: Timer, repeats: int, warmups: int, whole: bool, call: str, times: FunctionTimes
+) -> dict[str, tuple[float, float, int]]:
     """Function -> (median, spread, calls); adds the call as a whole to `times`."""
-    for _ in range(WARMUPS):
-        timer.round()
+    for _ in range(warmups):
+        timer.round(whole)
     samples: dict[str, list[float]] = {}
     counts: Counter[str] = Counter()
     wholes, shares = [], []
     for _ in range(repeats):
-        timed = timer.round()
+        timed = timer.round(whole)
         counts = Counter(function for function, _ in timed.parts)
         totals: Counter[str] = Counter()
         for function, time_us in timed.parts:

@@ -52,19 +52,20 @@ class ReplayTimer:
         ]
         self.overhead_us = statistics.mean(self._floor)
 
-    def round(self) -> Timed:
+    def round(self, whole: bool = True) -> Timed:
         """See `functions.Timer`."""
         self._runner.sync()
         start = time.perf_counter()
-        self._whole()
-        self._runner.sync()
-        whole = time.perf_counter() - start
+        if whole:
+            self._whole()
+            self._runner.sync()
+        taken = time.perf_counter() - start
         times = self._clock.time(self.steps)
         parts = [
             (step.function, max(0.0, time_us - floor))
             for step, time_us, floor in zip(self.steps, times, self._floor, strict=True)
         ]
-        return Timed(parts, whole * 1e6)
+        return Timed(parts, taken * 1e6 if whole else sum(time_us for _, time_us in parts))
 
     def _whole(self) -> None:
         self._runner.call(self._call.function, self._call.inputs)

@@ -31,18 +31,19 @@ class ShaderTimer:
             self.method = "a submission a kernel by the clock, less an empty one's"
             self.overhead_us = statistics.median(self._submitted([]) for _ in range(15))
 
-    def round(self) -> Timed:
+    def round(self, whole: bool = True) -> Timed:
         """See `functions.Timer`. A function of several kernels has a part for each; they are added up."""
         self._runner.sync()
         start = time.perf_counter()
-        self._runner.call(self._call.function, self._call.inputs)
-        self._runner.sync()
-        whole = time.perf_counter() - start
+        if whole:
+            self._runner.call(self._call.function, self._call.inputs)
+            self._runner.sync()
+        taken = time.perf_counter() - start
         if self._device.has_timestamps:
             times = self._device.time_us(self._launches)
         else:
             times = [max(0.0, self._submitted([launch]) - self.overhead_us) for launch in self._launches]
-        return Timed(_merged(self._functions, times), whole * 1e6)
+        return Timed(_merged(self._functions, times), taken * 1e6 if whole else sum(times))
 
     def _submitted(self, launches: list[Any]) -> float:
         start = time.perf_counter()
@@ -60,8 +61,8 @@ class PageTimer:
     def __init__(self, runner: WebRunner, call: Call) -> None:
         self._runner, self._call = runner, call
 
-    def round(self) -> Timed:
-        """See `functions.Timer`; whole by the page's clock."""
+    def round(self, whole: bool = True) -> Timed:
+        """See `functions.Timer`; the whole by the page's clock, always."""
         kernels, whole_us = self._runner.kernels(self._call.function, self._call.inputs)
         return Timed(_merged([function_of(name) for name, _ in kernels], [us for _, us in kernels]), whole_us)
 

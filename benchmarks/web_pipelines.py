@@ -27,7 +27,7 @@ from gpt2_tvm.toolchains import web
 from gpt2_tvm.toolchains.web_needs import ONE_TEXT
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-SHOWN = 8  # kernels, the slowest
+SHOWN = 3  # kernels, the slowest
 
 
 def compile_all(artifact: Path) -> dict[str, Any]:

@@ -45,13 +45,14 @@ laboratory() {
         [ "$target" = cpu ] || extra="--target $target"
         # shellcheck disable=SC2086
         record "ablation-$target.md" python -m tuning.ablation --model bundled $extra --report \
-            --records "artifacts/records/ablation-$target.json" --figure "artifacts/figures/ablation-$target.png"
+            --records "artifacts/records/ablation-$target.json" --against "artifacts/records/ablation-$target-second-run.json" --figure "artifacts/figures/ablation-$target.png"
     done
     record sweep-webgpu.md python -m tuning.heatmap artifacts/records/webgpu/bundled-gemv.jsonl --output artifacts/figures/sweep-webgpu
-    for target in rtx-4090 h200; do
+    for target in rtx-4090 h200; do  # marked: the 2023 study's best point on a 4090
         record "sweep-static-$target.md" python -m tuning.heatmap "artifacts/records/static/$target-gemv.jsonl" \
-            --output "artifacts/figures/sweep-static-$target"
-        record "static-$target.md" python -m tuning.ablation --model gpt2 --target "$target" --quantization q0f16 --static
+            --output "artifacts/figures/sweep-static-$target" --mark TS=8,TR=16,TILE_S=1,TILE_R=8
+        record "static-$target.md" python -m tuning.ablation --model gpt2 --target "$target" --quantization q0f16 --static \
+            --sets baseline,stock,full,without-norm-gemv,without-wide-gemv,without-tensor-matmul,with-persistent
     done
 }
 

@@ -1,13 +1,12 @@
 """What workers behind a TVM RPC tracker do for a sweep, on this machine: wall time with one and with two, one of them
 killed half-way, and a browser page beside a native worker.
 
-    python benchmarks/sweep_workers.py [--points 40] [--rounds 2] [--json FILE]
+    python benchmarks/sweep_workers.py [--points 200] [--rounds 1] [--json FILE]
 
-The same points each time, timed shortly (`--budget`). For a page every point is linked into a module of its own, which
-takes seconds: builds are what the time goes to, and two workers have two cores to do them on. A native worker builds a
-point in a thirtieth of a second, and a software device then runs it on all cores: there two workers gain little
-(`--worker native`). Start-up (importing TVM, opening the device or the browser) is inside, as for a user. A tracker and
-the workers are started here and ended again.
+The same points each time, timed shortly (`--budget`), of products so small that building a point takes longer than
+running it: a software device runs it on all cores, and there two workers gain nothing. Start-up (importing TVM,
+lowering the model, opening the device) is inside, as for a user. A tracker and the workers are started here and ended
+again.
 """
 
 from __future__ import annotations
@@ -101,6 +100,7 @@ def sweep(kinds: list[str], options: list[str], records: Path, kill_at: int | No
 
     kill_at: when so many points are on the disk, the last worker is killed.
     """
+    records.unlink(missing_ok=True)  # its lines are counted below
     with ExitStack() as stack:
         port = free_port()
         stack.enter_context(
@@ -150,20 +150,35 @@ def lines(file: Path) -> int:
 
 @app.command()
 def main(
-    model: Annotated[str, typer.Option(help="As for tuning.sweep.")] = "bundled",
+    model: Annotated[str, typer.Option(help="As for tuning.sweep.")] = "bundled-draft",
     target: Annotated[str, typer.Option(help="As for tuning.sweep.")] = "webgpu",
-    workload: Annotated[str, typer.Option(help="The product whose points are built.")] = "attn.c_proj",
-    points: Annotated[int, typer.Option(help="How many.")] = 40,
-    worker: Annotated[str, typer.Option(help="native, or browser: a page in a headless Chromium.")] = "browser",
+    quantization: Annotated[
+        str, typer.Option(help="As for tuning.sweep; packed weights take longer to build.")
+    ] = "q4f32_1",
+    workload: Annotated[str, typer.Option(help="The products whose points are built.")] = "attn,mlp,logits",
+    space: Annotated[str, typer.Option(help="As for tuning.sweep.")] = "schedule1,schedule2",
+    points: Annotated[int, typer.Option(help="How many of each product and space.")] = 200,
+    worker: Annotated[str, typer.Option(help="native, or browser: a page in a headless Chromium.")] = "native",
     budget: Annotated[float, typer.Option(help="Seconds of timing a point.")] = 0.01,
-    rounds: Annotated[int, typer.Option(help="One worker and two take turns so often.")] = 2,
+    rounds: Annotated[int, typer.Option(help="One worker and two take turns so often.")] = 1,
     mixed: Annotated[bool, typer.Option(help="Also with a native worker beside a page.")] = True,
     json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here.")] = None,
 ) -> None:
     """Print wall time and points for one worker, two, two of which one is killed, and one beside a browser page."""
     if worker not in ("native", "browser"):
         raise UserError(f"unknown --worker {worker!r}; choose native or browser")
-    options = ["--model", model, "--target", target, "--workload", workload, "--space", "schedule1"]
+    options = [
+        "--model",
+        model,
+        "--target",
+        target,
+        "--quantization",
+        quantization,
+        "--workload",
+        workload,
+        "--space",
+        space,
+    ]
     options += ["--strategy", "random", "--trials", str(points), "--budget", str(budget)]
     results: dict[str, list[dict[str, Any]]] = {"one": [], "two": [], "two, one killed": [], "native + page": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -173,7 +188,8 @@ def main(
             results["one"].append(sweep([worker], options, records))
             results["two"].append(sweep([worker] * 2, options, records))
         print("one of two killed", file=sys.stderr)
-        results["two, one killed"].append(sweep([worker] * 2, options, records, kill_at=points // 3))
+        half = results["one"][-1]["points"] // 2  # by then both have measured
+        results["two, one killed"].append(sweep([worker] * 2, options, records, kill_at=half))
         if mixed:
             print("a native worker and a page", file=sys.stderr)
             results["native + page"].append(sweep(["native", "browser"], options, records))

@@ -253,6 +253,7 @@ def test_on_cuda_each_is_one_graph() -> None:
         assert not {name for name in externs(lowered.final, cuda_graph.PREFIX + step) if "to_device" in name}
 
 
+@pytest.mark.heavy
 def test_webgpu_draws_with_one_submission_and_one_read_back_a_round(paths: tuple[Path, Path], tmp_path: Path) -> None:
     device()
     made = opened(pair(paths, tmp_path, "webgpu", (4,), rules="full", batch_sizes=(1,)))

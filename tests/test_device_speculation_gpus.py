@@ -175,6 +175,7 @@ def on_webgpu(
 
 
 @pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.heavy
 def test_webgpu_writes_greedys_text_with_one_submission_and_one_read_back_a_round(
     on_webgpu: tuple[Engine, Engine], batch: int
 ) -> None:

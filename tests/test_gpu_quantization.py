@@ -189,7 +189,7 @@ def plan_for(target: str, scheme: str, **options: Any) -> Any:
     [
         ("webgpu", "q8f32"),
         ("webgpu", "q4f32_1"),
-        ("h200", "q8f16"),
+        pytest.param("h200", "q8f16", marks=pytest.mark.heavy),
         pytest.param("h200", "q4f16_1", marks=pytest.mark.heavy),
         pytest.param("m1", "q8f16", marks=pytest.mark.heavy),
         pytest.param("gfx942", "q8f32", marks=pytest.mark.heavy),

@@ -265,6 +265,7 @@ def test_cpu_results_are_those_of_every_single_pass(
     same(odd_model, "cpu", quantization, sets, tmp_path, 2e-2 if quantization == "q0f16" else 1e-5)
 
 
+@pytest.mark.heavy
 def test_webgpu_results_are_those_of_the_cpu(odd_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("wgpu", reason="needs wgpu: pip install 'gpt2-tvm[webgpu]'")
     from wgsl_harness import device

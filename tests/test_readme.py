@@ -108,6 +108,7 @@ def test_the_target_file_shown_is_the_file() -> None:
     assert shown in [(path.read_text(encoding="utf-8").strip() + "\n") for path in (ROOT / "targets").glob("*.toml")]
 
 
+@pytest.mark.heavy
 def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
     (program,) = fences("python")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)

@@ -84,6 +84,12 @@ class Sweep:
         self.children: dict[str, Child] = {}
         self.lost: list[str] = []
         self.devices = {w.device: threading.Lock() for w in self.workers}
+        # kept as points come in: workers ask for them at every point, under the lock
+        self.results: dict[str, dict[GemvConfig, float | None]] = {s.workload.name: {} for s in self.searches}
+        for point in records:
+            if point.workload in self.results:
+                self._keep(point)
+        self.finished: set[int] = set()  # searches that ask for nothing more
 
     def run(self) -> None:
         """Until nothing is left to try. KeyboardInterrupt stops the workers and goes on; so does a full disk."""
@@ -178,9 +184,10 @@ class Sweep:
 
     def _take(self) -> tuple[Search, GemvConfig] | None:
         with self.lock:
-            for search in self.searches:
-                name = search.workload.name
-                results = {p.config: p.time_us if p.ok else None for p in self.records.of(name)}
+            for number, search in enumerate(self.searches):
+                if number in self.finished:
+                    continue
+                results = self.results[search.workload.name]
                 if search.stock not in results and search.stock not in search.running:
                     search.running.add(search.stock)
                     return search, search.stock
@@ -188,6 +195,8 @@ class Sweep:
                 if config is not None:
                     search.running.add(config)
                     return search, config
+                if not search.running:
+                    self.finished.add(number)
         return None
 
     def _anything_running(self) -> bool:
@@ -202,10 +211,12 @@ class Sweep:
         with self.lock:
             self.lost.append(f"{spec.name}: {outcome.detail}")
 
+    def _keep(self, point: Point) -> None:
+        self.results[point.workload][point.config] = point.time_us if point.ok else None
+
     def _best(self, workload: str) -> float | None:
         with self.lock:
-            found = self.records.ok(workload)
-            return found[0].time_us if found else None
+            return min((t for t in self.results[workload].values() if t is not None), default=None)
 
     def _record(self, spec: WorkerSpec, search: Search, config: GemvConfig, outcome: Outcome) -> None:
         value = dict(outcome.value or {})
@@ -230,4 +241,5 @@ class Sweep:
             if self.stop.is_set():
                 return
             self.records.add(point)
+            self._keep(point)
             self.done(search, point)

@@ -3,10 +3,9 @@ killed half-way, and a browser page beside a native worker.
 
     python benchmarks/sweep_workers.py [--points 200] [--rounds 1] [--json FILE]
 
-The same points each time, timed shortly (`--budget`), of products so small that building a point takes longer than
-running it: a software device runs it on all cores, and there two workers gain nothing. Start-up (importing TVM,
-lowering the model, opening the device) is inside, as for a user. A tracker and the workers are started here and ended
-again.
+The same points each time, timed shortly (`--budget`), of small products in packed weights: much to build and little to
+run, for a software device runs it on all cores, and there two workers gain nothing. Start-up (importing TVM, lowering
+the model, opening the device) is inside, as for a user. A tracker and the workers are started here and ended again.
 """
 
 from __future__ import annotations
@@ -167,18 +166,8 @@ def main(
     """Print wall time and points for one worker, two, two of which one is killed, and one beside a browser page."""
     if worker not in ("native", "browser"):
         raise UserError(f"unknown --worker {worker!r}; choose native or browser")
-    options = [
-        "--model",
-        model,
-        "--target",
-        target,
-        "--quantization",
-        quantization,
-        "--workload",
-        workload,
-        "--space",
-        space,
-    ]
+    options = ["--model", model, "--target", target, "--quantization", quantization]
+    options += ["--workload", workload, "--space", space]
     options += ["--strategy", "random", "--trials", str(points), "--budget", str(budget)]
     results: dict[str, list[dict[str, Any]]] = {"one": [], "two": [], "two, one killed": [], "native + page": []}
     with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ from gpt2_tvm.cli import describe
 from targets import load_target
 from tuning import ablation_against, ablation_cache, ablation_figure, ablation_tables
 from tuning.ablation_records import IDENTITY, Journal
-from tuning.ablation_results import ROW_KEYS, moved, result
+from tuning.ablation_results import ROW_KEYS, moved, read_result, result
 from tuning.variants import cells, variants
 
 HEADER: dict[str, Any] = {
@@ -214,7 +214,7 @@ def test_another_runs_medians_beside_these(planted: dict[str, Any], tmp_path: Pa
             row["decode_tok_s"] *= 0.8
     file = tmp_path / "second.json"
     file.write_text(json.dumps(second))
-    text = ablation_against.against(planted, ablation_against.read_other(file))
+    text = ablation_against.against(planted, read_result(file, "--against"))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert rows[2:] == [["baseline", "1.00", "1.00"], ["only-matmul", "1.08", "0.80"]]  # one row for each code
     assert "prefill: 2 of 2 sets within 10 %, the furthest 8% apart" in text
@@ -224,7 +224,7 @@ def test_another_runs_medians_beside_these(planted: dict[str, Any], tmp_path: Pa
     second["identity"]["target"], second["rows"] = "x", []
     assert "no set was timed" in refusal(lambda: ablation_against.against(planted, second))
     for wrong in (tmp_path / "none.json", Path(__file__)):
-        assert "another run" in refusal(lambda wrong=wrong: ablation_against.read_other(wrong))
+        assert "give another --against" in refusal(lambda wrong=wrong: read_result(wrong, "--against"))
 
 
 def test_tables_say_it_all(planted: dict[str, Any]) -> None:

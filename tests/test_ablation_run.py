@@ -200,6 +200,7 @@ def test_on_a_webgpu_device_with_times_of_functions(tiny_model: Path, tmp_path: 
             shares = [share.get(phase, 0.0) for share in row["shares"].values()]
             assert sum(shares) == pytest.approx(1) and row["shares"]["ours"][phase] > 0
     assert "matmul" not in rows["baseline"]["hits"] and rows["only-matmul"]["shares"]["matmul"]["prefill"] > 0
+    assert list(tmp_path.rglob("kernels.json")) and not list(tmp_path.rglob("model.wasm"))  # wgpu has no use for it
     done = run(tmp_path, tiny_model, *arguments, "--report", "--compare", "baseline,only-matmul")
     assert "prefill us, only-matmul" in done.stdout and " % / " in done.stdout
 

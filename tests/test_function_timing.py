@@ -19,7 +19,7 @@ from gpt2_tvm.artifact import read_manifest
 from gpt2_tvm.errors import UserError
 from tuning.measure import replay
 from tuning.measure.calls import Call, watched
-from tuning.measure.functions import FunctionTimes, _record, time_functions
+from tuning.measure.functions import FunctionTimes, _record, make_timer, time_functions
 from tuning.measure.replay import ReplayTimer, Step, _CudaEvents
 from tuning.measure.session import turn
 from tuning.measure.shaders import ShaderTimer, _merged
@@ -60,6 +60,20 @@ def test_every_function_of_a_cpu_artifact(tiny_artifact: Path) -> None:
 def test_every_function_of_a_webgpu_artifact(webgpu_artifact: Path) -> None:
     times = time_functions(webgpu_artifact, repeats=2)
     check(times, webgpu_artifact, "prefill", "decode_b1")
+
+
+@pytest.mark.parametrize("fixture", ["tiny_artifact", "webgpu_artifact"])
+def test_a_prefill_made_again_leaves_the_cache_as_it_was(fixture: str, request: pytest.FixtureRequest) -> None:
+    """What lets a decode step be recorded after the prefill's rounds without another prefill."""
+    engine, prompt = Engine(request.getfixturevalue(fixture)), np.asarray([[5, 17, 3, 9]], np.int32)
+    engine.prefill(prompt)
+    expected = engine.decode(5)
+    timer = make_timer(engine, _record(engine, "prefill", prompt))
+    timer.round()
+    timer.round(whole=False)
+    assert _record(engine, "decode_b1", prompt, filled=True).function == "decode_b1"
+    engine.rewind(prompt.shape[1])
+    assert np.array_equal(engine.decode(5), expected)
 
 
 def test_without_timestamps_each_kernel_is_submitted_by_itself(

@@ -137,6 +137,7 @@ def main(
       python -m tuning.ablation --model bundled --report --records FIRST.json --against SECOND.json
     """
     from tuning.ablation_figure import files_of
+    from tuning.ablation_results import read_result
     from tuning.ablation_tables import check_format
     from tuning.ablation_work import Job
 
@@ -144,10 +145,9 @@ def main(
     if repeats < 1 or timeout <= 0 or budget < 0 or (alive is not None and alive < 1):
         raise UserError(f"--repeats {repeats} --timeout {timeout:g} --budget {budget:g}: repeats and timeout above 0")
     pair = _pair(compare)
-    if other is not None:
-        from tuning.ablation_against import read_other
-
-        read_other(other)  # before anything is measured
+    if other is not None and (static or format_ != "md"):
+        raise UserError("--against sets measured medians side by side, in Markdown; leave out --static and --format")
+    second = read_result(other, "--against") if other is not None else None
     if figure is not None:
         cli.check_writable("--figure", files_of(figure)[0])
     crossed = _names("--factors", factors)
@@ -178,7 +178,7 @@ def main(
     file = records or FOLDER / f"{'-'.join(parts)}.json"
     cli.check_writable("--records", file)
     if report:
-        _show(plan.recorded(file), format_, pair, None, figure, other)
+        _show(plan.recorded(file), format_, pair, None, figure, second)
         return
     from tuning.ablation_run import Ablation
 
@@ -201,7 +201,7 @@ def main(
     )
     if plan.source.note:
         print(f"note: {plan.source.note}", file=sys.stderr)
-    _run(run, plan, file, format_, pair, figure, other)
+    _run(run, plan, file, format_, pair, figure, second)
 
 
 class _Plan:
@@ -267,18 +267,11 @@ class _Plan:
 
     def recorded(self, file: Path) -> dict[str, Any]:
         """What the records hold: of the journal where there is one, else of the result that was kept without it."""
-        import json
-
         from tuning.ablation_records import Journal
+        from tuning.ablation_results import read_result
 
         if not journal_of(file).exists() and file.is_file():
-            try:
-                kept = json.loads(file.read_text(encoding="utf-8"))
-                if {"identity", "rows", "effects", "functions"} <= set(kept):
-                    return dict(kept)
-            except (ValueError, TypeError):
-                pass
-            raise UserError(f"{file} is no result of tuning.ablation; give another --records")
+            return read_result(file, "--records")
         return self.result(Journal.read(journal_of(file)))
 
 
@@ -324,7 +317,7 @@ def _run(
     format_: str,
     pair: tuple[str, str] | None,
     figure: Path | None,
-    other: Path | None,
+    second: dict[str, Any] | None,
 ) -> None:
     """Measure, print, write. What an interrupted run has measured stays in the journal."""
     from gpt2_tvm.compile import progress_on_stderr
@@ -343,7 +336,7 @@ def _run(
         if journal.exists():
             print(f"what was measured is in {journal}; the same command again goes on from there", file=sys.stderr)
         raise
-    _show(plan.result(Journal.read(measured.path)), format_, pair, file, figure, other)
+    _show(plan.result(Journal.read(measured.path)), format_, pair, file, figure, second)
 
 
 def _show(
@@ -352,17 +345,17 @@ def _show(
     pair: tuple[str, str] | None,
     file: Path | None,
     figure: Path | None,
-    other: Path | None,
+    second: dict[str, Any] | None,
 ) -> None:
-    from tuning.ablation_against import against, read_other
+    from tuning.ablation_against import against
     from tuning.ablation_figure import draw
     from tuning.ablation_tables import render
 
     drawing = partial(draw, result, figure) if figure is not None else None
-    text = render(result, format_, pair)
-    if other is not None and format_ == "md":
-        text += "\n" + against(result, read_other(other))
-    cli.conclude(text, result, file, drawing)
+    cli.conclude(render(result, format_, pair), result, file, drawing)
+    if second is not None:  # last: what was measured is on the disk, whatever that other run was
+        sys.stdout.write("\n" + against(result, second))
+        sys.stdout.flush()
 
 
 def _static(plan: _Plan, job: Job, timeout: float, format_: str) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from gpt2_tvm.errors import UserError
@@ -13,19 +11,6 @@ from gpt2_tvm.measure.tables import markdown_table
 # What two runs must share for their times to be comparable.
 SAME = ("model", "quantization", "target", "attention", "prompt_tokens", "generate_tokens", "device")
 RATES = ("prefill_tok_s", "decode_tok_s")
-
-
-def read_other(file: Path) -> dict[str, Any]:
-    """A result that another run wrote; UserError where it is none."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if {"identity", "rows"} <= set(found):
-            return dict(found)
-    except FileNotFoundError:
-        raise UserError(f"--against {file}: no such file; give the --records of another run") from None
-    except (ValueError, TypeError, OSError):
-        pass
-    raise UserError(f"--against {file} is no result of tuning.ablation; give the --records of another run")
 
 
 def against(result: Mapping[str, Any], other: Mapping[str, Any]) -> str:

@@ -7,12 +7,15 @@ of each row. Of a rate `<key>` is the median over the rounds and `<key>_sd` thei
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+from gpt2_tvm.errors import UserError
 from gpt2_tvm.measure.results import spread
 from targets import DeviceTarget
 from tuning.ablation_records import IDENTITY, Journal, Line
@@ -29,6 +32,19 @@ ROW_KEYS = (
 UNMEASURED = "not-measured"
 
 Row = dict[str, Any]
+
+
+def read_result(file: Path, option: str) -> dict[str, Any]:
+    """What a run wrote into `file`, which the user named by `option`; UserError where that is none."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if {"identity", "rows", "effects", "functions"} <= set(kept):
+            return dict(kept)
+    except FileNotFoundError:
+        raise UserError(f"there is no {file}; give another {option}") from None
+    except (ValueError, TypeError):
+        pass
+    raise UserError(f"{file} is no result of tuning.ablation; give another {option}")
 
 
 def result(

@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -229,21 +229,9 @@ class Child:
         return [line.strip() for line in lines if line.strip()]
 
 
-def run_once(label: str, function: Callable[..., Any], *arguments: Any, timeout_s: float) -> Outcome:
-    """`function(announce, *arguments)` in a child of its own; a module-level function, its result pickled."""
-    child = Child(label, _Once, function, arguments)
-    try:
-        outcome = child.ready(timeout_s)
-    except BaseException:
-        child.kill()
-        raise
-    child.close()
-    return Outcome(outcome.status, outcome.value, outcome.detail, outcome.stage, outcome.seconds, outcome.notes)
-
-
 @dataclass(frozen=True)
 class Call:
-    """`function(announce, *arguments)` for a child; `label` as for `Child`."""
+    """`function(announce, *arguments)` for a child: module-level, its result pickled. `label` as for `Child`."""
 
     label: str
     function: Callable[..., Any]
@@ -269,6 +257,12 @@ def run_each(calls: Iterable[Call], timeout_s: float, jobs: int = 1) -> Generato
     finally:
         for child in running:
             child.kill()
+
+
+def run_once(label: str, function: Callable[..., Any], *arguments: Any, timeout_s: float) -> Outcome:
+    """`function(announce, *arguments)` in a child of its own; a module-level function, its result pickled."""
+    with closing(run_each([Call(label, function, arguments)], timeout_s)) as outcomes:
+        return next(outcomes)
 
 
 def jobs_at_once(each_bytes: int) -> int:

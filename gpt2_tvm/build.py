@@ -27,6 +27,7 @@ from gpt2_tvm.schedules.registry import rule_set
 from gpt2_tvm.schedules.tuned import Tuned, load_tuned
 from gpt2_tvm.streams import StreamPlan, read_plan
 from gpt2_tvm.toolchains import tensor_intrin, web
+from gpt2_tvm.tvm_alone import import_tvm
 from targets import DeviceTarget, load_target, specialise
 
 if TYPE_CHECKING:
@@ -269,6 +270,7 @@ def compile_model(
     Returns the artifact's folder. Raises UserError for anything the user can mend.
     """
     say = progress or (lambda what, share: None)
+    import_tvm()
     device = specialise(load_target(target))
     if device.kind == "webgpu" and not weights:
         raise UserError("the manifest for webgpu says what the weights ask of a device; compile it with its weights")
@@ -297,20 +299,35 @@ def compile_model(
         folder = bundled_streams() if str(streams) in BUNDLED_NAMES else Path(streams)
         plan = replace(plan, streams=read_plan(folder, source, stream_rows))
     final = Path(output) if output else Path("artifacts") / f"{source.name}-{plan.scheme.name}-{device.name}"
-    with replacing_folder(final) as work:
-        seconds = _write(work, source, plan, Path(dump_ir) if dump_ir else None, say, weights, page)
-    say(f"wrote {final} in {seconds:.1f} s", 1.0)
+    write_artifact(final, source, plan, None, Path(dump_ir) if dump_ir else None, say, weights, page)
     return final
+
+
+def write_artifact(
+    final: Path,
+    source: ModelSource,
+    plan: Plan,
+    lowered: tuple[Lowered, list[str]] | None = None,
+    dump_ir: Path | None = None,
+    say: Progress = lambda what, share: None,
+    weights: bool = True,
+    page: bool = True,
+) -> None:
+    """`compile_model` from a plan on. lowered: of `lower_plan`, where it is at hand; other arguments as there."""
+    with replacing_folder(final) as work:
+        seconds = _write(work, source, plan, lowered, dump_ir, say, weights, page)
+    say(f"wrote {final} in {seconds:.1f} s", 1.0)
 
 
 def _write(
     work: Path,
     source: ModelSource,
     plan: Plan,
+    ready: tuple[Lowered, list[str]] | None,
     dump_ir: Path | None,
     say: Progress,
-    weights: bool = True,
-    page: bool = True,
+    weights: bool,
+    page: bool,
 ) -> float:
     """Fill the folder of an artifact; returns the seconds it took."""
     from gpt2_tvm.tensor_cache import TensorCacheWriter
@@ -326,7 +343,9 @@ def _write(
     in_a_page = plan.interface == MLC and plan.target.kind == "webgpu"  # no other program could run it
     with toolchains.compiling(plan.target) as tvm_target:
         say("lowering and scheduling", 0.1)
-        if plan.interface == MLC:
+        if ready is not None:
+            lowered, names = ready
+        elif plan.interface == MLC:
             from gpt2_tvm.mlc.lowering import lower_paged
 
             lowered, told = lower_paged(plan, dump_ir)

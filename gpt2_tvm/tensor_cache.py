@@ -207,6 +207,29 @@ def _view(mapped: np.ndarray, record: dict[str, Any]) -> tvm.runtime.Tensor:
     return raw._create_view(tuple(record["shape"]), record["dtype"])
 
 
+def load_arrays(folder: str | Path) -> dict[str, np.ndarray]:
+    """`load_tensors` on the host as numpy's arrays, without importing TVM (seconds of a program's start). Read-only.
+
+    Raises UserError as `load_tensors` does.
+    """
+    import ml_dtypes
+
+    folder = Path(folder)
+    arrays: dict[str, np.ndarray] = {}
+    for shard in _read_index(folder / INDEX):
+        mapped = _map(folder / shard["dataPath"], shard["nbytes"])
+        for record in shard["records"]:
+            if record["name"] in arrays:
+                raise _damaged(folder / INDEX, f"{record['name']} occurs twice")
+            name = record["dtype"]  # of those that numpy lacks, bfloat16 and float8 are among ml_dtypes'
+            dtype = np.dtype(getattr(ml_dtypes, name, name))
+            data = mapped[record["byteOffset"] : record["byteOffset"] + record["nbytes"]]
+            array = data.view(dtype).reshape(record["shape"])
+            array.flags.writeable = False
+            arrays[record["name"]] = array
+    return arrays
+
+
 def _map(path: Path, nbytes: int) -> np.ndarray:
     """The shard as bytes: pages of the file, writable (from_dlpack insists) but private to this process."""
     try:

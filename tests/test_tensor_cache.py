@@ -16,7 +16,7 @@ import pytest
 import tvm
 
 from gpt2_tvm.errors import UserError
-from gpt2_tvm.tensor_cache import TensorCacheWriter, load_tensors
+from gpt2_tvm.tensor_cache import TensorCacheWriter, load_arrays, load_tensors
 
 DTYPES = [
     "int8",
@@ -71,6 +71,17 @@ def index_of(folder: Path) -> dict[str, Any]:
 def test_round_trip(tmp_path: Path, shard_bytes: int) -> None:
     write(tmp_path, some_tensors(), shard_bytes=shard_bytes)
     assert_same(load_tensors(tmp_path), some_tensors())
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 32 << 20])
+def test_arrays_are_the_same_and_read_only(tmp_path: Path, shard_bytes: int) -> None:
+    tensors = some_tensors()
+    write(tmp_path, tensors, shard_bytes=shard_bytes)
+    arrays = load_arrays(tmp_path)
+    assert list(arrays) == list(tensors)
+    for name, array in arrays.items():
+        assert (array.dtype, array.shape) == (tensors[name].dtype, tensors[name].shape), name
+        assert bits(array) == bits(tensors[name]) and not array.flags.writeable, name
 
 
 def test_tvms_python_reader_reads_ours(tmp_path: Path) -> None:

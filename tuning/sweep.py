@@ -92,6 +92,9 @@ def main(
       python -m tuning.sweep --model gpt2 --target rtx-4090 --quantization q0f16 --strategy model
       python -m tuning.sweep --model gpt2 --target h200 --static
     """
+    from gpt2_tvm.tvm_alone import import_tvm
+
+    import_tvm()
     from tuning import sweep_setup as setup
 
     if objective not in OBJECTIVES:

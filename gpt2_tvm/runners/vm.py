@@ -18,6 +18,7 @@ from gpt2_tvm.runners.base import Handle
 from gpt2_tvm.runners.cuda_graph import PREFIX, CudaDriver, StepGraphs
 from gpt2_tvm.runners.threads import check_threads, prepare_pools, use_threads
 from gpt2_tvm.tensor_cache import load_tensors
+from gpt2_tvm.tvm_alone import import_tvm
 
 UNTOUCHED_ELEMENTS = 1 << 18  # from here on a tensor is worth a mapping of its own
 
@@ -29,6 +30,8 @@ class VmRunner:
     """
 
     def __init__(self, artifact: Artifact, device: str | None = None, threads: int | None = None) -> None:
+        if artifact.kind == "cpu":
+            import_tvm()
         import tvm
         from tvm.runtime.vm import VirtualMachine
 

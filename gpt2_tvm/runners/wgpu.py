@@ -89,16 +89,16 @@ class WgpuRunner:
             self._shaders |= parse_wgsl(file.read_text(encoding="utf-8"))
 
     def _upload_params(self, artifact: Artifact) -> list[WgpuTensor]:
-        from gpt2_tvm.tensor_cache import load_tensors
+        from gpt2_tvm.tensor_cache import load_arrays
 
-        tensors = load_tensors(artifact.params)  # mapped files: no copy on the host
+        tensors = load_arrays(artifact.params)  # mapped files: no copy on the host
         names = artifact.manifest["params"]
         missing = [name for name in names if name not in tensors]
         if missing:
             raise UserError(f"{artifact.params} lacks parameter {missing[0]}; compile the artifact again")
         held = []
         for index, name in enumerate(names):
-            array = np.from_dlpack(tensors[name])
+            array = tensors[name]
             buffer = self._device.upload(array, name, whole=index not in self._windowed)
             held.append(WgpuTensor(buffer, array.shape, str(array.dtype)))
         return held

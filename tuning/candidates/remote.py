@@ -37,7 +37,9 @@ class RemoteCandidates:
         number: int = 0,
     ) -> None:
         from gpt2_tvm.runners.rpc_session import open_session, parse_address
+        from gpt2_tvm.tvm_alone import import_tvm
 
+        import_tvm()
         announce("connect")
         self.announce = announce
         try:

@@ -32,8 +32,10 @@ class WebgpuCandidates:
         self, announce: Callable[..., None], target: str, tasks: Mapping[str, Task], budget: Budget | None = None
     ) -> None:
         from gpt2_tvm.runners.wgpu_device import Device
+        from gpt2_tvm.tvm_alone import import_tvm
         from targets import load_target, specialise
 
+        import_tvm()
         announce("start the device")
         self.announce, self.tasks, self.budget = announce, tasks, budget or Budget()
         self.device = Device()

@@ -4,8 +4,9 @@ killed half-way, and a browser page beside a native worker.
     python benchmarks/sweep_workers.py [--points 200] [--rounds 1] [--json FILE]
 
 The same points each time, timed shortly (`--budget`), of small products in packed weights: much to build and little to
-run, for a software device runs it on all cores, and there two workers gain nothing. Start-up (importing TVM, lowering
-the model, opening the device) is inside, as for a user. A tracker and the workers are started here and ended again.
+run. A software device runs kernels on all cores, which two workers on one machine would fight over; here each worker's
+keeps to one core, as if it were a machine of its own. Start-up (importing TVM, lowering the model, opening the device)
+is inside, as for a user. A tracker and the workers are started here and ended again.
 """
 
 from __future__ import annotations
@@ -38,12 +39,15 @@ HEADER = (
 )
 
 
+ONE_CORE = {"LP_NUM_THREADS": "1"}  # of Mesa's software device, lavapipe
+
+
 @contextmanager
-def program(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A Python program in a process group of its own, which ends with the block."""
+def program(*arguments: str, more: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    """A Python program in a process group of its own, which ends with the block. more: of its environment."""
     process = subprocess.Popen(
         [sys.executable, "-m", *arguments], start_new_session=True, text=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, **(more or {})},
     )  # fmt: skip
     try:
         yield process
@@ -110,7 +114,9 @@ def sweep(kinds: list[str], options: list[str], records: Path, kill_at: int | No
         for number, kind in enumerate(kinds):
             more = ["--runner", "browser"] if kind == "browser" else []
             workers.append(
-                stack.enter_context(program("tuning.worker", "--tracker", f"{HOST}:{port}", "--key", "bench", *more))
+                stack.enter_context(
+                    program("tuning.worker", "--tracker", f"{HOST}:{port}", "--key", "bench", *more, more=ONE_CORE)
+                )
             )
             wait_for_workers(port, "bench", number + 1)  # one by one: TVM's servers look for a free port each
         begin = time.monotonic()

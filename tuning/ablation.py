@@ -61,7 +61,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="Rounds; in each every set has one turn.")] = 5,
     budget: Annotated[
         float, typer.Option(help="Seconds of timing after which a slow set leaves the rounds (3 at least).")
-    ] = 12.0,
+    ] = 8.0,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 322,
     generate: Annotated[int, typer.Option(help="Tokens to decode after it.")] = 64,
     records: Annotated[

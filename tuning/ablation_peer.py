@@ -81,11 +81,14 @@ class PeerSubject(Subject):
         self._prompt = ablation_reference.prompt_of(source, job.prompt_tokens)[None]
         self.facts = {"device": library.device_name}
 
-    def _cycle(self, generate: int) -> tuple[float, float]:
+    def _cycle(self, generate: int, parts: int = 1, prompt_tokens: int | None = None) -> tuple[float, float]:
         engine = self._engine
         engine.reset()
         start = time.perf_counter()
-        engine.prefill(self._prompt)
+        engine.prefill(self._prompt[:, :prompt_tokens])
         middle = time.perf_counter()
         engine.decode_greedy(generate)
         return middle - start, time.perf_counter() - middle
+
+    def _parts(self) -> int:
+        return 1

@@ -29,7 +29,9 @@ FEWEST = 3  # repeats of a set whose budget is spent
 FUNCTIONS_S, MOST_ROUNDS = 3.0, 20  # prefills that the timing of functions may take, in seconds and in rounds
 SLOW_FUNCTIONS_S = 1.0  # of a prefill: its functions are timed without rounds before
 WARM_S = 2.0  # a check that takes longer has run all that a turn runs for long enough
-SLOW_S = 10.0  # a prefill that long needs no warm-up turn
+# Of a prefill. One that long is warmed up with a short one. On a software device it goes through more of a process's
+# memory than the TLB reaches, and where that lies makes a tenth to a third: there each turn has a process of its own.
+SLOW_S = 1.5
 RESERVE = 0.5  # the share of free memory that engines may take
 WHOLE = ("manifest.json", CHAT_CONFIG)  # either is the last file of a folder that a set was compiled into
 EACH_BYTES, EACH_WEIGHTS = 2 << 30, 4  # memory of one that compiles a set: the least, and how many times its weights
@@ -83,7 +85,7 @@ class Ablation:
                 codes = self._compile(journal, say)
                 if any(not self._done(journal, code) for code in codes):
                     self._measure(journal, codes, self._reference_file(how, say), say)
-                self._time_functions(journal, codes, say)
+                self._functions_left(journal, codes, say)
             finally:
                 for child in self._children.values():
                     child.kill()
@@ -234,16 +236,24 @@ class Ablation:
             name = codes[code]["set"]
             say(f"round {round_ + 1} of {self.repeats}: {name}", 0.42 + 0.5 * index / len(turns))
             child = self._ready(journal, code, codes[code], reference)
-            if child is not None:
-                time.sleep(SETTLE_S)
-                self._turn(journal, child, code, round_)
+            if child is None:
+                continue
+            time.sleep(SETTLE_S)
+            if not self._turn(journal, child, code, round_):
+                continue
+            if self._done(journal, code):
+                self._time_functions(journal, code, codes[code])  # while its shaders are compiled
+            elif self._device.get("software") and journal.samples[code][round_]["prefill_s"] > SLOW_S:
+                self._children.pop(code).close()  # see `SLOW_S`
 
-    def _turn(self, journal: Journal, child: Child, code: str, round_: int) -> None:
+    def _turn(self, journal: Journal, child: Child, code: str, round_: int) -> bool:
+        """Whether it went well."""
         outcome = child.ask("turn", timeout_s=self.timeout_s)
         if not self._fine(journal, code, outcome):
-            return
+            return False
         sample = {"kind": "sample", "code": code, "round": round_, "seconds": round(outcome.seconds, 3)}
         journal.append({**sample, **outcome.value})
+        return True
 
     def _fine(self, journal: Journal, code: str, outcome: Outcome) -> bool:
         """Whether a child's answer is one; journals what it is otherwise."""
@@ -277,9 +287,9 @@ class Ablation:
                 return None
             journal.append({"kind": "check", "code": code, "difference": outcome.value})
             checked_s = outcome.seconds
-        samples = journal.samples.get(code, {}).values()
-        if checked_s < WARM_S and all(sample["prefill_s"] < SLOW_S for sample in samples):
-            outcome = child.ask("warm", timeout_s=self.timeout_s)
+        if checked_s < WARM_S:
+            slow = any(sample["prefill_s"] > SLOW_S for sample in journal.samples.get(code, {}).values())
+            outcome = child.ask("warm", slow, timeout_s=self.timeout_s)
             if not self._fine(journal, code, outcome):
                 return None
         return child
@@ -308,29 +318,31 @@ class Ablation:
 
     # Single functions --------------------------------------------------------------------------------------------
 
-    def _time_functions(self, journal: Journal, codes: dict[str, Line], say: Say) -> None:
-        if self.job.remote:
-            return
-        of_sets = {journal.sets[name].get("code") for name in self.functions if name in journal.sets}
+    def _functions_left(self, journal: Journal, codes: dict[str, Line], say: Say) -> None:
+        """Of those codes that were done before this run."""
         for index, (code, line) in enumerate(codes.items()):
-            if code not in of_sets or code in journal.functions or code not in journal.samples:
-                continue
-            if code in journal.failures:
-                continue
             say(f"timing functions: {line['set']}", 0.92 + 0.07 * index / len(codes))
-            fastest = min(sample["prefill_s"] for sample in journal.samples[code].values())
-            repeats = max(1, min(MOST_ROUNDS, int(FUNCTIONS_S / fastest)))
-            warmups = 0 if fastest > SLOW_FUNCTIONS_S else WARMUPS
-            child = self._children.get(code)
-            if child is not None:  # its shaders are compiled
-                outcome = child.ask("time_functions", repeats, warmups, timeout_s=self.timeout_s)
-                if not outcome.ok:
-                    self._children.pop(code)
-            else:
-                arguments = (self.job, str(self._folder(line)), repeats, warmups)
-                outcome = run_once(line["set"], ablation_work.time_functions, *arguments, timeout_s=self.timeout_s)
-            told = {"times": outcome.value} if outcome.ok else {"times": {}, "detail": outcome.detail}
-            journal.append({"kind": "functions", "code": code, "status": outcome.status, **told})
+            self._time_functions(journal, code, line)
+
+    def _time_functions(self, journal: Journal, code: str, line: Line) -> None:
+        """Once, of a code that one of the sets asked for has."""
+        of_sets = {journal.sets[name].get("code") for name in self.functions if name in journal.sets}
+        measured = code in journal.samples and code not in journal.failures
+        if self.job.remote or code not in of_sets or code in journal.functions or not measured:
+            return
+        fastest = min(sample["prefill_s"] for sample in journal.samples[code].values())
+        repeats = max(1, min(MOST_ROUNDS, int(FUNCTIONS_S / fastest)))
+        warmups = 0 if fastest > SLOW_FUNCTIONS_S else WARMUPS
+        child = self._children.get(code)
+        if child is not None:
+            outcome = child.ask("time_functions", repeats, warmups, timeout_s=self.timeout_s)
+            if not outcome.ok:
+                self._children.pop(code)
+        else:
+            arguments = (self.job, str(self._folder(line)), repeats, warmups)
+            outcome = run_once(line["set"], ablation_work.time_functions, *arguments, timeout_s=self.timeout_s)
+        told = {"times": outcome.value} if outcome.ok else {"times": {}, "detail": outcome.detail}
+        journal.append({"kind": "functions", "code": code, "status": outcome.status, **told})
 
 
 def _version(package: str) -> str:

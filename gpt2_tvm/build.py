@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2_tvm import toolchains
-from gpt2_tvm.artifact import INTERFACES, MLC, OWN, SCORE_ROWS, write_manifest
+from gpt2_tvm.artifact import INTERFACES, MLC, OWN, SCORE_ROWS
 from gpt2_tvm.checkpoint import BUNDLED_NAMES, ModelSource, resolve_model
 from gpt2_tvm.data import bundled_streams
 from gpt2_tvm.errors import UserError
-from gpt2_tvm.files import replacing_folder, require_room
 from gpt2_tvm.kernels.persistent.shape import RULE as PERSISTENT
 from gpt2_tvm.kernels.persistent.shape import StepShape, step_shape
-from gpt2_tvm.mlc.names import mlc_name
 from gpt2_tvm.passes.registry import pass_set
 from gpt2_tvm.quantization import Scheme, scheme_for
 from gpt2_tvm.schedules.registry import rule_set
 from gpt2_tvm.schedules.tuned import Tuned, load_tuned
 from gpt2_tvm.streams import StreamPlan, read_plan
-from gpt2_tvm.toolchains import tensor_intrin, web
+from gpt2_tvm.toolchains import tensor_intrin
 from gpt2_tvm.tvm_alone import import_tvm
 from targets import DeviceTarget, load_target, specialise
 
@@ -39,15 +32,7 @@ VERIFY_WIDTHS = (4, 8)
 PREFILL_CHUNK = 512  # tokens of one prefill call through MLC's interface
 STREAM_ROWS = "4"  # the last token and three candidates
 MAX_BATCH = 64
-OBJECT_BYTES = 16 << 20  # room for the objects of a large model and what is linked from them
 MAX_VERIFY_WIDTH = 32  # a tree row's mask is 32 bits
-TOKENIZER_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
 
 Progress = Callable[
     [str, float], None
@@ -269,6 +254,8 @@ def compile_model(
 
     Returns the artifact's folder. Raises UserError for anything the user can mend.
     """
+    from gpt2_tvm.artifact_writer import write_artifact
+
     say = progress or (lambda what, share: None)
     import_tvm()
     device = specialise(load_target(target))
@@ -301,125 +288,3 @@ def compile_model(
     final = Path(output) if output else Path("artifacts") / f"{source.name}-{plan.scheme.name}-{device.name}"
     write_artifact(final, source, plan, None, Path(dump_ir) if dump_ir else None, say, weights, page)
     return final
-
-
-def write_artifact(
-    final: Path,
-    source: ModelSource,
-    plan: Plan,
-    lowered: tuple[Lowered, list[str]] | None = None,
-    dump_ir: Path | None = None,
-    say: Progress = lambda what, share: None,
-    weights: bool = True,
-    page: bool = True,
-) -> None:
-    """`compile_model` from a plan on. lowered: of `lower_plan`, where it is at hand; other arguments as there."""
-    with replacing_folder(final) as work:
-        seconds = _write(work, source, plan, lowered, dump_ir, say, weights, page)
-    say(f"wrote {final} in {seconds:.1f} s", 1.0)
-
-
-def _write(
-    work: Path,
-    source: ModelSource,
-    plan: Plan,
-    ready: tuple[Lowered, list[str]] | None,
-    dump_ir: Path | None,
-    say: Progress,
-    weights: bool,
-    page: bool,
-) -> float:
-    """Fill the folder of an artifact; returns the seconds it took."""
-    from gpt2_tvm.tensor_cache import TensorCacheWriter
-
-    start = time.perf_counter()
-    toolchains.prepare(plan.target)
-    say("importing TVM", 0.02)
-
-    from gpt2_tvm.inventory import function_table
-    from gpt2_tvm.passes.cuda_graph import graph_steps
-
-    told: dict[str, Any] | None = None  # what an engine of MLC's asks the library for
-    in_a_page = plan.interface == MLC and plan.target.kind == "webgpu"  # no other program could run it
-    with toolchains.compiling(plan.target) as tvm_target:
-        say("lowering and scheduling", 0.1)
-        if ready is not None:
-            lowered, names = ready
-        elif plan.interface == MLC:
-            from gpt2_tvm.mlc.lowering import lower_paged
-
-            lowered, told = lower_paged(plan, dump_ir)
-            names = [one["name"] for one in told["params"]]
-        else:
-            lowered, names = lower_plan(plan, dump_ir)
-        say(f"building {len(lowered.hits)} functions for {plan.target.name}", 0.3)
-        for folder in (Path(tempfile.gettempdir()), work):
-            require_room(folder, OBJECT_BYTES)  # LLVM ends the process when it cannot write
-        if not in_a_page:
-            executable = toolchains.build(lowered.final, tvm_target)
-            libraries = toolchains.export(executable, plan.target, work)
-    if in_a_page:
-        say(f"linking {web.MODULE}", 0.5)
-        web.link_module(lowered.final, plan.target, work, lambda what: say(what, 0.0))
-        libraries = [web.MODULE]
-    elif plan.target.kind == "webgpu":
-        from gpt2_tvm.kernel_list import write_kernel_list
-
-        write_kernel_list(work, lowered, plan, executable)
-        if page:
-            say(f"linking {web.MODULE}", 0.5)
-            libraries += web.write_module(lowered.final, plan.target, work, lambda what: say(what, 0.0))
-    compile_seconds = time.perf_counter() - start
-
-    total = sum(1 for _ in names)
-    with TensorCacheWriter(work / "params") as writer:
-        for i, (name, array) in enumerate(stored_weights(source, plan) if weights else ()):
-            say(f"converting weights: {name}", 0.6 + 0.38 * i / total)
-            name = name if told is None else mlc_name(name, array.dtype.name, plan.scheme)
-            if i >= total or names[i] != name:
-                raise RuntimeError(
-                    f"parameter {i} is {name}, the module expects {names[i] if i < total else 'no more'}"
-                )
-            writer.add(name, array)
-    if source.folder is not None:
-        _copy_tokenizer(source.folder, work / "tokenizer")
-    say("writing the manifest", 0.99)
-    seconds = time.perf_counter() - start
-    manifest: dict[str, Any] = {
-        "model": source.name,
-        "config": json.loads(plan.config.to_json()),
-        "random_weights": source.random,
-        "seed": source.seed if source.random else None,
-        "quantization": plan.scheme.name,
-        "target": plan.target.to_json(),
-        "layout": asdict(weight_layout(plan.target)),
-        "rules": list(plan.rules),
-        "passes": list(plan.passes or ()),
-        "attention": plan.attention,
-        "streams": plan.streams.to_json() if plan.streams is not None else None,
-        "tuned": plan.tuned.to_json() if plan.tuned is not None else None,
-        "batch_sizes": list(plan.batch_sizes),
-        "verify_widths": list(plan.verify_widths),
-        "max_seq_len": plan.max_seq_len,
-        "cuda_graph": graph_steps(lowered.lowered) if plan.cuda_graph else None,
-        **({} if in_a_page else web.manifest(plan.target, work, plan.max_seq_len)),
-        "interface": plan.interface,
-        "mlc": told,
-        "versions": versions(),
-        "library": libraries[0],
-        "libraries": libraries,
-        "params": names,
-        "compile_seconds": round(compile_seconds, 2),
-        "total_seconds": round(seconds, 2),
-        **function_table(lowered, plan),
-    }
-    write_manifest(work, manifest)
-    return seconds
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if any(f.name in ("vocab.json", "tokenizer.json") for f in found):
-        folder.mkdir()
-        for file in found:
-            shutil.copyfile(file, folder / file.name)

@@ -45,7 +45,7 @@ def main(
     python -m gpt2_tvm.distill --model bundled --layers 1 --width 128 --output my-draft
     python -m gpt2_tvm.compile --model my-draft --verify-widths 2,4 --output artifacts/my-draft
     """
-    from gpt2_tvm.build import TOKENIZER_FILES
+    from gpt2_tvm.artifact_writer import TOKENIZER_FILES
     from gpt2_tvm.checkpoint import resolve_model
     from gpt2_tvm.compile import progress_on_stderr
     from gpt2_tvm.config import GPT2Config

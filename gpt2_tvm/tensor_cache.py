@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -176,16 +177,11 @@ def load_tensors(folder: str | Path, device: tvm.runtime.Device | None = None) -
     """
     import tvm
 
-    folder = Path(folder)
     if device is not None and device.dlpack_device_type() == tvm.runtime.cpu().dlpack_device_type():
         device = None
     tensors: dict[str, tvm.runtime.Tensor] = {}
-    for shard in _read_index(folder / INDEX):
-        path = folder / shard["dataPath"]
-        mapped = _map(path, shard["nbytes"])
-        for record in shard["records"]:
-            if record["name"] in tensors:
-                raise _damaged(folder / INDEX, f"{record['name']} occurs twice")
+    for mapped, records in _mapped_shards(Path(folder)):
+        for record in records:
             tensor = _view(mapped, record)
             tensors[record["name"]] = tensor if device is None else tensor.copyto(device)
         if device is not None:
@@ -214,13 +210,9 @@ def load_arrays(folder: str | Path) -> dict[str, np.ndarray]:
     """
     import ml_dtypes
 
-    folder = Path(folder)
     arrays: dict[str, np.ndarray] = {}
-    for shard in _read_index(folder / INDEX):
-        mapped = _map(folder / shard["dataPath"], shard["nbytes"])
-        for record in shard["records"]:
-            if record["name"] in arrays:
-                raise _damaged(folder / INDEX, f"{record['name']} occurs twice")
+    for mapped, records in _mapped_shards(Path(folder)):
+        for record in records:
             name = record["dtype"]  # of those that numpy lacks, bfloat16 and float8 are among ml_dtypes'
             dtype = np.dtype(getattr(ml_dtypes, name, name))
             data = mapped[record["byteOffset"] : record["byteOffset"] + record["nbytes"]]
@@ -228,6 +220,12 @@ def load_arrays(folder: str | Path) -> dict[str, np.ndarray]:
             array.flags.writeable = False
             arrays[record["name"]] = array
     return arrays
+
+
+def _mapped_shards(folder: Path) -> Iterator[tuple[np.ndarray, list[dict[str, Any]]]]:
+    """Each shard as bytes, with the records of the tensors in it."""
+    for shard in _read_index(folder / INDEX):
+        yield _map(folder / shard["dataPath"], shard["nbytes"]), shard["records"]
 
 
 def _map(path: Path, nbytes: int) -> np.ndarray:
@@ -244,7 +242,8 @@ def _map(path: Path, nbytes: int) -> np.ndarray:
 
 
 def _read_index(path: Path) -> list[dict[str, Any]]:
-    """The shard records, with every field that is used here checked for its type."""
+    """The shard records, with every field that is used here checked for its type, and no name twice."""
+    names: set[str] = set()
     try:
         shards = json.loads(path.read_text(encoding="utf-8"))["records"]
         for shard in shards:
@@ -254,6 +253,9 @@ def _read_index(path: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"{shard['dataPath']!r} is not a file beside it")
             for record in shard["records"]:
                 _check_record(record, shard["nbytes"])
+                if record["name"] in names:
+                    raise ValueError(f"{record['name']} occurs twice")
+                names.add(record["name"])
     except FileNotFoundError:
         raise _damaged(path, "it is missing") from None
     except OSError as error:

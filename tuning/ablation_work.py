@@ -143,15 +143,15 @@ def _ask_page(runner: str) -> dict[str, Any]:
 
 
 def schedule(announce: Announce, job: Job, rules: str) -> dict[str, Any]:
-    """What `scheduled` tells of a rule set."""
-    return scheduled(announce, job, rules)[0]
+    """What `lower` tells of a rule set."""
+    return lower(announce, job, rules)[0]
 
 
-def scheduled(announce: Announce, job: Job, rules: str) -> tuple[dict[str, Any], tuple[Any, Any, Any]]:
+def lower(announce: Announce, job: Job, rules: str) -> tuple[dict[str, Any], tuple[Any, Any, Any]]:
     """Lower a rule set without building it: {"code": digest of the scheduled module and of all else that decides an
     artifact, "functions": name, role, rule, kernels and calls of each, as in the manifest, "launches_prefill",
     "launches_token", "bytes_token": of a greedy step after the prompt, what its functions must move}; and what
-    `build.write_artifact` goes on with: the source, the plan, and what `lower_plan` made of it.
+    `artifact_writer.write_artifact` goes on with: the source, the plan, and what `lower_plan` made of it.
     """
     from gpt2_tvm.tvm_alone import import_tvm
 
@@ -223,11 +223,11 @@ def build(announce: Announce, job: Job, rules: str, made_from: str) -> dict[str,
     from filelock import FileLock
 
     from gpt2_tvm import toolchains
-    from gpt2_tvm.build import write_artifact
+    from gpt2_tvm.artifact_writer import write_artifact
     from targets import load_target, specialise
 
     toolchains.prepare(specialise(load_target(job.target)))
-    facts, (source, plan, lowered) = scheduled(announce, job, rules)
+    facts, (source, plan, lowered) = lower(announce, job, rules)
     announce("scheduled", facts)
     folder = ablation_cache.artifact_folder(Path(job.cache), facts["code"], made_from)
     folder.parent.mkdir(parents=True, exist_ok=True)

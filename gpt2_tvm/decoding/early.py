@@ -53,7 +53,7 @@ def truncate(source: ModelSource, layers: int, folder: Path) -> Path:
     tokenizer, in Hugging Face layout. UserError for a number that is not below the model's own."""
     import shutil
 
-    from gpt2_tvm.build import TOKENIZER_FILES
+    from gpt2_tvm.artifact_writer import TOKENIZER_FILES
     from gpt2_tvm.weights import expected_tensors, iter_weights, write_hf_checkpoint
 
     if not 1 <= layers < source.config.n_layer:

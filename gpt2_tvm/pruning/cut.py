@@ -138,7 +138,7 @@ def prune(
 
 def copy_tokenizer(source: ModelSource, folder: Path) -> None:
     """Copy the tokenizer's files of a checkpoint, where it has any."""
-    from gpt2_tvm.build import TOKENIZER_FILES
+    from gpt2_tvm.artifact_writer import TOKENIZER_FILES
 
     for name in TOKENIZER_FILES if source.folder is not None else ():
         if source.folder is not None and (source.folder / name).is_file():

@@ -79,9 +79,13 @@ def test_foreign_and_damaged_journals_are_refused_and_kept(tmp_path: Path) -> No
         assert f"another {name}" in message and "--fresh" in message
     assert file.read_bytes() == whole
     lines = whole.splitlines(keepends=True)
-    for damaged in (lines[0] + b"garbage\n" + lines[1], lines[0] + b"[1]\n" + lines[1]):
+    other = (b"garbage", b"[1]", b'{"kind":"other"}', b'{"round":0}', b'{"kind":"check"}', b'{"kind":1}')
+    zero = json.dumps({**sample("c", 1, 1.0, 2.0), "prefill_s": 0}).encode()
+    for line in (*other, zero):
+        damaged = lines[0] + line + b"\n" + lines[1]
         file.write_bytes(damaged)
-        assert "damaged" in refusal(lambda: Journal.begin(file, HEADER))
+        assert f"damaged at byte {len(lines[0])}" in refusal(lambda: Journal.begin(file, HEADER))
+        assert "damaged" in refusal(lambda: Journal.read(file))
         assert file.read_bytes() == damaged
     file.write_text("my thesis\n")
     for fresh in (False, True):
@@ -206,6 +210,53 @@ def test_functions_that_moved(planted: dict[str, Any]) -> None:
     assert moved(planted, "only-matmul", "without-gemv") == []
 
 
+def test_a_function_that_a_fusion_named_anew_stands_beside_what_it_was() -> None:
+    def of(name: str, role: str, rule: str, time_us: float | None, calls: int = 1) -> dict[str, Any]:
+        row = {"name": name, "role": role, "rule": rule, "prefill_calls": 0, "decode_calls": calls}
+        none = {"prefill_time_us": None, "prefill_time_us_sd": None}
+        return {**row, **none, "decode_time_us": time_us, "decode_time_us_sd": time_us and 1.0}
+
+    a = [
+        of("NT_matmul9", "decode, greedy: logits (wte)", "fallback", 1330.0),
+        of("layer_norm2", "decode, greedy: layer_norm (ln_1)", "fallback", 250.0),
+        of("NT_matmul3", "verify: mlp.c_fc + bias", "fallback", None, 0),
+        of("attention", "decode, greedy: attention", "ours", 40.0),
+    ]
+    b = [
+        of("fused_norm_NT_matmul9", "decode, greedy: ln_f, logits (wte)", "webgpu-gemv", 428.0),
+        of("NT_matmul3", "verify: mlp.c_fc + bias", "webgpu-gemv", None, 0),
+        of("attention", "decode, greedy: attention", "ours", 9.0),
+    ]
+    found = {"rows": [{"set": "a", "code": "A"}, {"set": "b", "code": "B"}], "functions": {"A": a, "B": b}}
+    logits, norm = moved(found, "a", "b")
+    assert (logits["name"], logits["name_b"], logits["rule_b"]) == (
+        "NT_matmul9",
+        "fused_norm_NT_matmul9",
+        "webgpu-gemv",
+    )
+    assert (logits["decode_time_us_a"], logits["decode_time_us_b"]) == (1330.0, 428.0)
+    assert (norm["name"], norm["rule_a"], norm["rule_b"]) == ("layer_norm2", "fallback", None)
+
+
+def test_a_code_is_called_by_the_set_that_people_look_for(journal: Journal) -> None:
+    by_name = {v.name: v for v in variants(load_target(TARGET))}
+    line = {"kind": "set", "set": "full", "rules": list(by_name["full"].rules), "sources": "s", "status": "ok"}
+    journal.append({**line, "compile_s": None, "code": "fast", "functions": journal.sets["only-matmul"]["functions"]})
+    journal.append({"kind": "run", "seconds": 62.5, "compiled": 3})
+    target = load_target(TARGET)
+    found = result(journal, variants(target, NAMES), target, ())
+    rows = {row["set"]: row for row in found["rows"]}
+    assert rows["full"]["same_code_as"] is None and rows["only-matmul"]["same_code_as"] == "full"
+    assert [row[0] for row in _cells(ablation_against.against(found, found))] == ["baseline", "full"]
+    assert "62 s (3 sets compiled)" in ablation_tables.render(found, "md")
+
+
+def _cells(text: str) -> list[list[str]]:
+    """The rows of a Markdown table, without its head."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
 def test_another_runs_medians_beside_these(planted: dict[str, Any], tmp_path: Path) -> None:
     second = json.loads(json.dumps(planted))
     for row in second["rows"]:
@@ -215,15 +266,15 @@ def test_another_runs_medians_beside_these(planted: dict[str, Any], tmp_path: Pa
     file = tmp_path / "second.json"
     file.write_text(json.dumps(second))
     text = ablation_against.against(planted, read_result(file, "--against"))
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    assert rows[2:] == [["baseline", "1.00", "1.00"], ["only-matmul", "1.08", "0.80"]]  # one row for each code
+    assert _cells(text) == [["baseline", "1.00", "1.00"], ["only-matmul", "1.08", "0.80"]]  # one row for each code
     assert "prefill: 2 of 2 sets within 10 %, the furthest 8% apart" in text
     assert "decode: 1 of 2 sets within 10 %, the furthest 25% apart" in text
     second["identity"]["target"] = "cuda"
     assert "another experiment (target cuda)" in refusal(lambda: ablation_against.against(planted, second))
     second["identity"]["target"], second["rows"] = "x", []
     assert "no set was timed" in refusal(lambda: ablation_against.against(planted, second))
-    for wrong in (tmp_path / "none.json", Path(__file__)):
+    (tmp_path / "thin.json").write_text(json.dumps({**planted, "identity": {}}))
+    for wrong in (tmp_path / "none.json", Path(__file__), tmp_path / "thin.json"):
         assert "give another --against" in refusal(lambda wrong=wrong: read_result(wrong, "--against"))
 
 

@@ -103,6 +103,8 @@ def test_reports_need_no_device(faulty: dict[str, Any], folder: Path, tiny_model
     assert done.returncode == 0, done.stderr
     assert "compile-error: rule planted_rules:Raises" in done.stdout and "No function moved" in done.stdout
     assert (folder / "f.png").is_file() and "compile-error" in (folder / "f.svg").read_text()
+    other = run(folder, tiny_model, "--sets", "full", "--report", "--target", "webgpu")
+    assert_one_line(other, "holds target cpu, not webgpu")
     assert (folder / JOURNAL).read_bytes() == before
 
 
@@ -144,9 +146,12 @@ def wait_for(journal: Path, count: int, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.heavy
-def test_interrupted_and_killed_it_goes_on(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("target", "repeats"), [("cpu", 12), ("webgpu", 6)])
+def test_interrupted_and_killed_it_goes_on(target: str, repeats: int, tiny_model: Path, tmp_path: Path) -> None:
     """SIGINT, then SIGKILL, then to its end: every (code, round) is measured once, and what was written stays."""
-    arguments = ("--sets", "baseline,full", "--repeats", "12")
+    if target == "webgpu":
+        device()
+    arguments = ("--target", target, "--sets", "baseline,full", "--repeats", str(repeats), "--budget", "600")
     journal = tmp_path / JOURNAL
     left: list[tuple[str, int]] = []
     for number, upto in ((signal.SIGINT, 3), (signal.SIGKILL, 9)):
@@ -162,7 +167,7 @@ def test_interrupted_and_killed_it_goes_on(tiny_model: Path, tmp_path: Path) -> 
             assert "goes on from there" in said and "Traceback" not in said
         assert children and not psutil.wait_procs(children, timeout=20)[1]
         found = samples(journal)
-        assert upto <= len(found) < 24 and found[: len(left)] == left
+        assert upto <= len(found) < 2 * repeats and found[: len(left)] == left
         left = found
         assert not (tmp_path / RECORDS).exists()
     before = journal.read_bytes()
@@ -171,12 +176,12 @@ def test_interrupted_and_killed_it_goes_on(tiny_model: Path, tmp_path: Path) -> 
     whole = before[: before.rfind(b"\n") + 1]
     assert journal.read_bytes().startswith(whole)
     counts = Counter(samples(journal))
-    assert set(counts.values()) == {1} and len(counts) == 24
+    assert set(counts.values()) == {1} and len(counts) == 2 * repeats
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     kinds = Counter(line["kind"] for line in lines[1:])
-    assert (kinds["check"], kinds["sample"]) == (2, 24) and set(kinds) == {"set", "check", "sample"}
+    assert kinds == {"set": 2, "check": 2, "sample": 2 * repeats, "run": 2}  # the killed run had no time to say
     rows = json.loads((tmp_path / RECORDS).read_text())["rows"]
-    assert [row["repeats"] for row in rows] == [12, 12]
+    assert [row["repeats"] for row in rows] == [repeats, repeats]
     # and once more: nothing is left to do
     before = journal.read_bytes()
     assert run(tmp_path, tiny_model, *arguments).returncode == 0
@@ -245,6 +250,7 @@ def test_static_needs_no_device(tiny_model: Path, tmp_path: Path) -> None:
         (("--compare", "full"), "--compare full"),
         (("--compare", "full,only-x"), "only-x is not among the sets"),
         (("--report",), "no records"),
+        (("--full-factorial", "--factors", "nonsense"), "nonsense"),
         (("--reference", "onnx"), "onnx"),
         (("--device", "cuda"), "--device cuda"),
         (("--target", "rocm"), "--static"),

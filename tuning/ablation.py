@@ -41,7 +41,12 @@ def main(
         ),
     ] = None,
     full_factorial: Annotated[
-        bool, typer.Option("--full-factorial", help="Every subset of the rules: main effects and interactions.")
+        bool,
+        typer.Option(
+            "--full-factorial",
+            help="Every subset of the rules (of DLight's where there are more than six; --factors chooses others): "
+            "main effects and interactions.",
+        ),
     ] = False,
     factors: Annotated[
         str | None,
@@ -155,14 +160,13 @@ def main(
         raise UserError("--factors names what --full-factorial crosses; give both, or --sets alone")
     given = (_names("--sets", sets), full_factorial, tuple(rule or ()), crossed, passes)
     plan = _Plan(model, target, quantization, attention, seed, *given, runner)
-    toggles = "passes" if passes else "rules"
     if peer is not None:
         plan.add_peer(peer, Job(model, target, quantization, device=tracker and f"rpc://{tracker}/{key}"), static)
     for name in pair or ():
         if name not in [variant.name for variant in plan.variants]:
             raise UserError(f"--compare {compare}: {name} is not among the sets; name it with --sets too")
     if static:
-        _static(plan, Job(model, target, quantization, attention, seed, toggles=toggles), timeout, format_)
+        _static(plan, Job(model, target, quantization, attention, seed, toggles=plan.toggles), timeout, format_)
         return
     page = runner if runner in ("node", "chromium") else None
     if page is not None and device is not None:
@@ -178,13 +182,13 @@ def main(
     file = records or FOLDER / f"{'-'.join(parts)}.json"
     cli.check_writable("--records", file)
     if report:
-        _show(plan.recorded(file), format_, pair, None, figure, second)
+        _show(plan.recorded(file, attention, quantization), format_, pair, None, figure, second)
         return
     from tuning.ablation_run import Ablation
 
     where = _where(plan.target, page or device, tracker, key)
     cache = str(FOLDER / "cache")
-    job = Job(model, target, quantization, attention, seed, prompt_tokens, generate, where, cache, toggles)
+    job = Job(model, target, quantization, attention, seed, prompt_tokens, generate, where, cache, plan.toggles)
     run = Ablation(
         job,
         plan.source,
@@ -226,6 +230,7 @@ class _Plan:
         from gpt2_tvm.quantization import get_scheme
         from targets import load_target, specialise
         from tuning.variants import cells, pass_cells, pass_variants, variants
+        from tuning.variants import factors as every_factor
 
         self.target: DeviceTarget = specialise(load_target(target))
         wanted = ("wgpu", "node", "chromium") if self.target.kind == "webgpu" else ("vm",)
@@ -239,6 +244,7 @@ class _Plan:
         self.extra = tuple(extra)
         self.plain: list[Variant]
         self.variants: list[Variant]
+        self.toggles = "passes" if passes else "rules"
         if passes:
             scaled = get_scheme(quantization).widened
             self.plain = pass_variants(self.target, names, False, scaled)
@@ -248,6 +254,13 @@ class _Plan:
             self.plain = variants(self.target, names, False, self.extra)
             self.variants = variants(self.target, names, full_factorial, self.extra, factors)
             self.design = cells(self.target, self.extra, factors)
+            if full_factorial and factors is None:
+                left = sorted(set(every_factor(self.target, self.extra)) - set().union(*self.design.values()))
+                if left:
+                    print(
+                        f"note: --full-factorial leaves {', '.join(left)} off; --factors crosses others",
+                        file=sys.stderr,
+                    )
         self.source = resolve_model(model, seed=seed)
         make_plan(self.source.config, self.target, quantization, "full", attention)  # refuses what it does not know
 
@@ -265,14 +278,24 @@ class _Plan:
 
         return result(journal, self.variants, self.target, self.extra, self.design)
 
-    def recorded(self, file: Path) -> dict[str, Any]:
-        """What the records hold: of the journal where there is one, else of the result that was kept without it."""
+    def recorded(self, file: Path, attention: str, quantization: str) -> dict[str, Any]:
+        """What the records hold: of the journal where there is one, else of the result that was kept without it.
+        UserError where they are of something else than these choices."""
         from tuning.ablation_records import Journal
         from tuning.ablation_results import read_result
 
         if not journal_of(file).exists() and file.is_file():
-            return read_result(file, "--records")
-        return self.result(Journal.read(journal_of(file)))
+            found = read_result(file, "--records")
+        else:
+            found = self.result(Journal.read(journal_of(file)))
+        held = {"toggles": "rules", **{key: value for key, value in found["identity"].items() if value is not None}}
+        asked = {"model": self.source.name, "target": self.target.name, "quantization": quantization}
+        for option, value in {**asked, "attention": attention, "toggles": self.toggles}.items():
+            if held.get(option) != value:
+                raise UserError(
+                    f"{file} holds {option} {held.get(option)}, not {value}; say so, or give other --records"
+                )
+        return found
 
 
 def _names(option: str, text: str | None) -> list[str] | None:
@@ -366,7 +389,9 @@ def _static(plan: _Plan, job: Job, timeout: float, format_: str) -> None:
     toolchains.prepare(plan.target)  # a compiler that is missing is no result of every set
     with progress_on_stderr() as say:
         rows = static_table(job, plan.variants, timeout, say)
-    sys.stdout.write(render(rows, format_))
+    kind = "Graph passes" if job.toggles == "passes" else "Schedule rules"
+    of = f"{kind} of {plan.source.name} {job.quantization} for {plan.target.name}, {job.attention} attention"
+    sys.stdout.write(render(rows, format_, of))
     sys.stdout.flush()
 
 

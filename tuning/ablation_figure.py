@@ -52,6 +52,8 @@ def draw(result: Mapping[str, Any], path: Path) -> tuple[Path, Path]:
         low, high = min(value - min(sd, 0.9 * value) for value, sd in known), max(value + sd for value, sd in known)
         high = max(high, 1.6 * low)
         left = 10 ** (-0.05) * min(low, 1.0 if key == "speedup" else low)
+        if key == "speedup" and min(value for value, _ in known) < 1:
+            left *= (high / left) ** -0.15  # for the figures of bars that go to the left
         right = high * max(1.15, (high / left) ** 0.22)  # room for the figures at the bars' ends
         for y, row in enumerate(rows):
             value, sd = row[f"{phase}_{key}"], row[f"{phase}_{key}_sd"]
@@ -63,11 +65,15 @@ def draw(result: Mapping[str, Any], path: Path) -> tuple[Path, Path]:
             axes.barh(y, value - start, left=start, height=0.7, color=COLOURS[phase])
             axes.errorbar(value, y, xerr=min(sd, 0.9 * value), color="black", capsize=2, linewidth=1)
             text = f"{value:.3g}" if key == "speedup" else f"{value:.0f}"
-            axes.text((value + sd) * (right / left) ** 0.015, y, text, va="center", fontsize=8)
+            gap = (right / left) ** 0.015
+            if value < start:  # its bar goes to the left
+                axes.text(max(value - sd, 0.1 * value) / gap, y, text, va="center", ha="right", fontsize=8)
+            else:
+                axes.text((value + sd) * gap, y, text, va="center", fontsize=8)
         axes.set_xscale("log")
         axes.set_xlim(left, max(right, left * 1.5))
         axes.xaxis.set_major_locator(
-            LogLocator(subs=(1, 2, 5) if 4 < high / left < 50 else (1,) if high / left >= 50 else (1, 1.5, 2, 3, 5, 7))
+            LogLocator(subs=(1,) if high / left >= 50 else (1, 2, 5) if high / left > 10 else (1, 1.5, 2, 3, 5, 7))
         )
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())

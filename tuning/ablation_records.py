@@ -8,6 +8,7 @@ After the header each line has a "kind":
 - sample: of one code and one round, seconds of a prefill and of the decode steps
 - failure: of one code, the status that it failed with while it was loaded, checked or timed
 - functions: of one code, microseconds of each function
+- run: what one invocation of the command took, in seconds, and how many sets it compiled; none of one that was killed
 
 Samples belong to a code, not to a set: sets that schedule to the same module share them.
 """
@@ -31,6 +32,7 @@ IDENTITY = {
     "device": "device",
     "tvm": "TVM",
     "toggles": "kind of set",  # "passes"; journals of rules do not say
+    "timing": "way of timing",
 }
 
 
@@ -41,6 +43,7 @@ class Journal(JournalFile):
         sets: the last "set" line of each name.
         checks, failures, functions: the last line of that kind of each code.
         samples: the samples of each code by round.
+        runs: {"seconds", "compiled"} of each "run" line.
     """
 
     format_name = "gpt2-tvm ablation 1"
@@ -54,6 +57,7 @@ class Journal(JournalFile):
         self.failures: dict[str, Line] = {}
         self.functions: dict[str, Line] = {}
         self.samples: dict[str, dict[int, Line]] = {}
+        self.runs: list[Line] = []
 
     @classmethod
     def read(cls, path: Path) -> Journal:
@@ -74,7 +78,11 @@ class Journal(JournalFile):
         if kind == "set":
             self.sets[line["set"]] = line
         elif kind == "sample":
+            if min(line["prefill_s"], line["decode_s"]) <= 0:
+                raise ValueError("a time that is not above 0")
             self.samples.setdefault(line["code"], {})[line["round"]] = line
+        elif kind == "run":
+            self.runs.append({"seconds": line["seconds"], "compiled": line["compiled"]})
         else:
             table = {"check": self.checks, "failure": self.failures, "functions": self.functions}[kind]
             table[line["code"]] = line

@@ -1,14 +1,15 @@
 """From a journal to the result of an ablation: a row a set, the functions of each code, the effects of each rule.
 
-A result is {"identity", "reference", "complete", "baseline", "rows", "functions", "effects"}; `ROW_KEYS` are the keys
-of each row. Of a rate `<key>` is the median over the rounds and `<key>_sd` their standard deviation (DESIGN, decision
-9); of a speedup `_sd` follows from those of both rates. A rate that was not measured is None.
+A result is {"identity", "runs", "reference", "complete", "baseline", "rows", "functions", "effects"}; `ROW_KEYS` are
+the keys of each row. Of a rate `<key>` is the median over the rounds and `<key>_sd` their standard deviation (DESIGN,
+decision 9); of a speedup `_sd` follows from those of both rates. A rate that was not measured is None.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,10 @@ ROW_KEYS = (
     *("launches_prefill", "launches_token", "bytes_token"),
 )
 UNMEASURED = "not-measured"
+OURS = "ours"  # the rule of a kernel that comes scheduled
+NAMED_FIRST = ("baseline", "full", "stock")
+
+SAID = ("model", "quantization", "target", "attention", "prompt_tokens", "generate_tokens", "device")  # in every table
 
 Row = dict[str, Any]
 
@@ -38,7 +43,7 @@ def read_result(file: Path, option: str) -> dict[str, Any]:
     """What a run wrote into `file`, which the user named by `option`; UserError where that is none."""
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
-        if {"identity", "rows", "effects", "functions"} <= set(kept):
+        if {"identity", "rows", "effects", "functions"} <= set(kept) and set(SAID) <= set(kept["identity"]):
             return dict(kept)
     except FileNotFoundError:
         raise UserError(f"there is no {file}; give another {option}") from None
@@ -58,8 +63,8 @@ def result(
     factorial design, where it is not that of the target's rules with `extra`."""
     samples = {code: _rates(journal.header, list(of.values())) for code, of in journal.samples.items()}
     rows = [_row(journal, variant, samples) for variant in variants]
-    seen: dict[str, str] = {}
-    for row in rows:
+    seen: dict[str, str] = {}  # what a code is called where several sets have it
+    for row in sorted(rows, key=lambda row: row["set"] not in NAMED_FIRST):
         if row["code"] is not None:
             first = seen.setdefault(row["code"], row["set"])
             row["same_code_as"] = first if first != row["set"] else None
@@ -69,6 +74,7 @@ def result(
             _add_speedup(row, baseline, phase)
     made: dict[str, Any] = {
         "identity": {key: journal.header.get(key) for key in IDENTITY},
+        "runs": journal.runs,
         "reference": journal.header["reference"],
         "complete": all(row["status"] != UNMEASURED for row in rows),
         "baseline": baseline is not None,
@@ -124,7 +130,8 @@ def _add_speedup(row: Row, baseline: Row | None, phase: str) -> None:
     base = baseline[f"{phase}_tok_s"]
     ratio = rate / base
     sd = ratio * math.hypot(row[f"{phase}_tok_s_sd"] / rate, baseline[f"{phase}_tok_s_sd"] / base)
-    row[f"{phase}_speedup"], row[f"{phase}_speedup_sd"] = ratio, 0.0 if row is baseline else sd
+    same = row["code"] == baseline["code"]
+    row[f"{phase}_speedup"], row[f"{phase}_speedup_sd"] = ratio, 0.0 if same else sd
 
 
 def call_of(phase: str) -> str:
@@ -199,18 +206,20 @@ def _as_json(found: Effects) -> dict[str, Any]:
 
 def moved(found: Mapping[str, Any], a: str, b: str) -> list[Row]:
     """The functions that another rule took in set `b` than in set `a`, or whose time changed by more than a tenth and
-    twice its spread: name, role, rule_a, rule_b, and by phase calls, time_us_a, time_us_b. KeyError for an unknown set.
+    twice its spread: name, name_b, role, rule_a, rule_b, and by phase calls, time_us_a, time_us_b.
+
+    A function that a fusion named anew stands beside what it was: the product with the same weight in the same calls.
+    Left out are functions that neither a prefill nor a decode step calls, and kernels that come scheduled: those are
+    the same in both sets, and their times differ by what ran before them alone. KeyError for an unknown set.
     """
     rows = {row["set"]: row for row in found["rows"]}
-    first, second = (
-        {function["name"]: function for function in found["functions"].get(rows[name]["code"], [])} for name in (a, b)
-    )
+    first, second = (found["functions"].get(rows[name]["code"], []) for name in (a, b))
     made = []
-    for name in [*first, *(other for other in second if other not in first)]:
-        one, two = first.get(name), second.get(name)
-        known: Row = one or two or {}
+    for one, two in _pairs(first, second):
+        known: Row = two or one or {}
         row = {
-            "name": name,
+            "name": (one or known)["name"],
+            "name_b": known["name"],
             "role": known["role"],
             "rule_a": one["rule"] if one else None,
             "rule_b": two["rule"] if two else None,
@@ -223,6 +232,34 @@ def moved(found: Mapping[str, Any], a: str, b: str) -> list[Row]:
             if one and two and None not in times:
                 noise = math.hypot(*(function[f"{phase}_time_us_sd"] or 0.0 for function in (one, two)))
                 changed |= abs(times[0] - times[1]) > max(2 * noise, 0.1 * min(times))
-        if changed:
+        called = any(function[f"{phase}_calls"] for function in (one, two) if function for phase in PHASES)
+        if changed and called and row["rule_a"] != OURS != row["rule_b"]:
             made.append(row)
     return made
+
+
+def _pairs(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[Row | None, Row | None]]:
+    """Functions of two codes that do the same work, in the first one's order; those without their like at the end."""
+    of_work: dict[tuple[str, str], list[Row]] = {}
+    for function in second:
+        of_work.setdefault(_work(function), []).append(function)
+    pairs: list[tuple[Row | None, Row | None]] = []
+    taken = set()
+    for function in first:
+        alike = of_work.get(_work(function), [])
+        same = next((other for other in alike if other["name"] == function["name"]), alike[0] if alike else None)
+        if same is None or same["name"] in taken:
+            pairs.append((function, None))
+            continue
+        taken.add(same["name"])
+        pairs.append((function, same))
+    return [*pairs, *((None, function) for function in second if function["name"] not in taken)]
+
+
+def _work(function: Row) -> tuple[str, str]:
+    """Who calls a function, and the weight that it multiplies with; its name where it multiplies with none."""
+    callers, _, does = function["role"].partition(": ")
+    for part in re.split(r", | \+ ", does):
+        if part.startswith(("attn.", "mlp.", "logits")):
+            return callers, part
+    return callers, str(function["name"])

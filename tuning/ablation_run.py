@@ -25,6 +25,7 @@ from tuning.journal import Line
 from tuning.measure.functions import WARMUPS
 from tuning.variants import Variant
 
+TIMING = "fastest cycle of a round, in parts on a software device"  # samples taken in another way are not mixed in
 FEWEST = 3  # repeats of a set whose budget is spent
 FUNCTIONS_S, MOST_ROUNDS = 3.0, 20  # prefills that the timing of functions may take, in seconds and in rounds
 SLOW_FUNCTIONS_S = 1.0  # of a prefill: its functions are timed without rounds before
@@ -71,16 +72,19 @@ class Ablation:
     _children: OrderedDict[str, Child] = field(default_factory=OrderedDict)
     _device: dict[str, Any] = field(default_factory=dict)
     _digests: dict[frozenset[str], str] = field(default_factory=dict)
+    _compiled: int = 0
 
     def run(self, say: Say = lambda what, share: None) -> Journal:
         """Measure what the journal lacks. An interrupt ends the children at once; what was measured is kept.
 
         Raises UserError where there is no device, the records are another experiment's, or the prompt does not fit.
         """
+        started = time.monotonic()
         self._check_fits()
         how = ablation_reference.choose(self.reference, self.job.quantization, self.target.kind)
         self._device = self._need(run_once("device", ablation_work.probe, self.job, timeout_s=self.timeout_s))
         with Journal.begin(self.records, self._header(how), self.fresh) as journal:
+            self._compiled, before = 0, self.records.stat().st_size
             try:
                 codes = self._compile(journal, say)
                 if any(not self._done(journal, code) for code in codes):
@@ -89,6 +93,9 @@ class Ablation:
             finally:
                 for child in self._children.values():
                     child.kill()
+                if self.records.stat().st_size > before:
+                    seconds = round(time.monotonic() - started, 1)
+                    journal.append({"kind": "run", "seconds": seconds, "compiled": self._compiled})
         return journal
 
     # What is measured --------------------------------------------------------------------------------------------
@@ -118,6 +125,7 @@ class Ablation:
             "tvm": tvm,
             "reference": ablation_reference.describe(how),
             "tolerance": ablation_reference.tolerance(job.quantization),
+            "timing": TIMING,
             **({"toggles": job.toggles} if job.toggles != "rules" else {}),
         }
 
@@ -163,6 +171,7 @@ class Ablation:
             for index, (variant, outcome) in enumerate(zip(todo, outcomes, strict=True)):
                 lines[variant.name] = self._set_line(variant, outcome)
                 journal.append(lines[variant.name])
+                self._compiled += lines[variant.name].get("compile_s") is not None
                 say(f"compiled {variant.name}", 0.02 + 0.38 * (index + 1) / len(todo))
         codes: dict[str, Line] = {}
         for variant in self.variants:
@@ -204,7 +213,6 @@ class Ablation:
             "rules": list(variant.rules),
             "sources": self._made_from(variant.rules),
             "status": outcome.status,
-            "seconds": round(outcome.seconds, 2),
             **outcome.notes,
         }
         if outcome.ok:

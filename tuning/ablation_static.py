@@ -20,9 +20,9 @@ COLUMNS = (
     ("launches_prefill", "launches a prefill"),
     ("launches_token", "launches a token"),
     ("bytes_token", "bytes a token"),
-    ("registers_max", "registers"),
-    ("shared_max_bytes", "shared B"),
-    ("occupancy_min", "occupancy"),
+    ("registers_max", "most registers"),
+    ("shared_max_bytes", "most shared B"),
+    ("occupancy_min", "least occupancy"),
     ("spilling", "kernels that spill"),
     ("spill_max_bytes", "spill B"),
     ("token_loads", "launches a token by widest load"),
@@ -74,15 +74,16 @@ def static_table(
     return rows
 
 
-def render(rows: Sequence[Row], format_: str) -> str:
-    """The rows as Markdown, CSV or JSON, as text that ends in a newline."""
+def render(rows: Sequence[Row], format_: str, title: str) -> str:
+    """The rows as Markdown under a title, as CSV or JSON; text that ends in a newline."""
     if format_ == "json":
         return json.dumps({"rows": list(rows)}, indent=1) + "\n"
     if format_ == "csv":
         return _csv(rows)
     known = [(key, heading) for key, heading in COLUMNS if any(_cell(row.get(key)) for row in rows)]
     cells = [[row["set"], *(_cell(row.get(key)) for key, _ in known), row["status"]] for row in rows]
-    text = markdown_table(["set", *(heading for _, heading in known), "result"], cells, 1)
+    text = f"{title}, compiled and not run.\n\n"
+    text += markdown_table(["set", *(heading for _, heading in known), "result"], cells, 1)
     text += "".join(f"- {row['set']}: {row['status']}: {row['detail']}\n" for row in rows if row["detail"])
     compiled = [row for row in rows if row["status"] == "ok"]
     hits = list(dict.fromkeys(rule for row in compiled for rule in row["hits"]))

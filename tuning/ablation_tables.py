@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpt2_tvm.errors import UserError
@@ -89,10 +89,19 @@ def _rates(result: Mapping[str, Any]) -> str:
     text += "\nMedians of interleaved rounds ± standard deviation"
     text += "; speedups are over baseline.\n" if result["baseline"] else "; baseline has no rate, so no speedups.\n"
     text += f"Logits of every code were compared with {result['reference']} before it was timed.\n"
+    text += _how_long(result.get("runs") or [])
     for row in rows:
         if row["detail"]:
             text += f"- {row['set']}: {row['status']}: {row['detail']}\n"
     return text
+
+
+def _how_long(runs: Sequence[Mapping[str, Any]]) -> str:
+    """How long the command took, as often as it came to an end or was interrupted."""
+    if not runs:
+        return ""
+    each = ", ".join(f"{run['seconds']:.0f} s ({run['compiled']} sets compiled)" for run in runs)
+    return f"Time from the command to its last figure: {each}.\n"
 
 
 def _hits(rows: list[Row]) -> str:
@@ -113,7 +122,7 @@ def _hits(rows: list[Row]) -> str:
         return text
 
     text = "Functions that each rule took"
-    text += " (share of the time of a prefill / of a decode step)" if timed else ""
+    text += " (share of the time of a prefill / of a decode step up to its logits)" if timed else ""
     text += "; ours: kernels that come scheduled; none: left as plain loops.\n\n"
     listed = [row for row in rows if row["hits"]]
     total = [str(sum(row["hits"].values())) for row in listed]
@@ -122,7 +131,8 @@ def _hits(rows: list[Row]) -> str:
 
 
 def _effects(found: Mapping[str, Any]) -> str:
-    text = "What each rule does over all sets with and without it (main effects), and pairs (above 1: they help each "
+    text = f"What each of {', '.join(found['factors'])} does over all sets with and without it (main effects; other "
+    text += "rules are off in these sets), and pairs (above 1: they help each "
     text += "other; below 1: they do the same work). Factors on tokens a second, ± standard error.\n\n"
     rows = []
     for prefill, decode in zip(*(found[phase]["terms"] for phase in PHASES), strict=True):
@@ -152,8 +162,10 @@ def _moved(result: Mapping[str, Any], a: str, b: str) -> str:
         headings += [f"{phase} us, {name}" for phase in PHASES for name in (a, b)]
     table = []
     for row in rows:
-        cells = [row["name"], row["role"], row["rule_a"] or "", row["rule_b"] or ""]
+        name = row["name"] if row["name"] == row["name_b"] else f"{row['name']}, then {row['name_b']}"
+        cells = [name, row["role"], row["rule_a"] or "", row["rule_b"] or ""]
         if timed:
             cells += [number(row[f"{phase}_time_us_{side}"]) for phase in PHASES for side in "ab"]
         table.append(cells)
-    return f"Functions that moved between {a} and {b}.\n\n" + markdown_table(headings, table, 4)
+    text = f"Functions of a prefill and of a decode step that moved between {a} and {b}"
+    return f"{text}; kernels that come scheduled are the same in both.\n\n" + markdown_table(headings, table, 4)

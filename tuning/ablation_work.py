@@ -96,7 +96,8 @@ def probe(announce: Announce, job: Job) -> dict[str, Any]:
         device = open_device(job.device)
         # wgpu does not tell a GPU's memory; a software device has the machine's
         memory = None if device.is_software else 2 << 30
-        return {"device": device.name, "memory_bytes": memory, "software": device.is_software}
+        name = f"{device.name} on {processor_name()}" if device.is_software else device.name
+        return {"device": name, "memory_bytes": memory, "software": device.is_software}
     import tvm
 
     if target.kind == "cuda":
@@ -129,6 +130,7 @@ def _ask_worker(address: str, kind: str) -> str:
 
 
 def _ask_page(runner: str) -> dict[str, Any]:
+    from gpt2_tvm.runners.vm import processor_name
     from gpt2_tvm.runners.web import Agent
 
     page = Agent(None, runner)
@@ -137,7 +139,8 @@ def _ask_page(runner: str) -> dict[str, Any]:
         software = any(word in name.lower() for word in SOFTWARE)
         # WebGPU does not tell a GPU's memory; a software device has the machine's
         memory = None if software else 2 << 30
-        return {"device": f"{name} in {page.where}", "memory_bytes": memory}
+        where = f"{page.where} on {processor_name()}" if software else page.where
+        return {"device": f"{name} in {where}", "memory_bytes": memory}
     finally:
         page.close()
 

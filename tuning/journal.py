@@ -133,7 +133,12 @@ class JournalFile:
             if not whole or (not self.header and line.get("format") != self.format_name):
                 where = f"is damaged at byte {kept}" if self.header else f"is no file of {self.maker}"
                 raise UserError(f"{self.path} {where}; give another --records, or begin anew with --fresh")
-            self._note(line)
+            try:
+                self._note(line)
+            except (KeyError, TypeError, ValueError, AttributeError):  # JSON, but not what this program writes
+                raise UserError(
+                    f"{self.path} is damaged at byte {kept}; give another --records, or begin anew with --fresh"
+                ) from None
             kept += len(raw)
         return kept
 

@@ -172,7 +172,7 @@ def rule_set(text: str, target: DeviceTarget) -> tuple[str, ...]:
         if OUTSIDE.fullmatch(name):
             return name
         if name not in RULES:
-            raise UserError(f"unknown rule {name!r} in --rules {text}; choose {choices}")
+            raise UserError(f"unknown rule {name!r} in {text!r}; choose {choices}")
         if gpu == name.startswith(("cpu-", "dlight-cpu-")):
             raise UserError(f"rule {name!r} is not for {target.kind} targets; this target has {', '.join(full)}")
         return name

@@ -41,8 +41,8 @@ basics() {
 # The tables of the laboratory, from records that were measured before: the commands are in artifacts/records/README.md
 laboratory() {
     for target in cpu webgpu; do
-        extra=""
-        [ "$target" = cpu ] || extra="--target $target"
+        extra="--target $target"
+        [ "$target" = webgpu ] || extra="--full-factorial --factors cpu-matmul,cpu-gemv,cpu-reduction"  # no set more than without
         # shellcheck disable=SC2086
         record "ablation-$target.md" python -m tuning.ablation --model bundled $extra --report \
             --records "artifacts/records/ablation-$target.json" --against "artifacts/records/ablation-$target-second-run.json" --figure "artifacts/figures/ablation-$target.png"
@@ -52,7 +52,7 @@ laboratory() {
         record "sweep-static-$target.md" python -m tuning.heatmap "artifacts/records/static/$target-gemv.jsonl" \
             --output "artifacts/figures/sweep-static-$target" --mark TS=8,TR=16,TILE_S=1,TILE_R=8
         record "static-$target.md" python -m tuning.ablation --model gpt2 --target "$target" --quantization q0f16 --static \
-            --sets baseline,stock,full,without-norm-gemv,without-wide-gemv,without-tensor-matmul,with-persistent
+            --sets baseline,only-matmul,only-gemv,only-reduction,only-general-reduction,stock,full,without-norm-gemv,without-wide-gemv,without-tensor-matmul,with-persistent
     done
 }
 

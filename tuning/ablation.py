@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,17 +11,15 @@ import typer
 
 from gpt2_tvm import cli
 from gpt2_tvm.errors import UserError
+from tuning.ablation_choices import Choices, journal_of, names_in, pair_of, where_of
 
 if TYPE_CHECKING:
-    from targets import DeviceTarget
     from tuning.ablation_run import Ablation
     from tuning.ablation_work import Job
-    from tuning.variants import Variant
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 FOLDER = Path("artifacts/ablation")
-RUNNERS = ("auto", "vm", "wgpu", "node", "chromium")
 
 
 @app.command()
@@ -67,8 +64,12 @@ def main(
     budget: Annotated[
         float, typer.Option(help="Seconds of timing after which a slow set leaves the rounds (3 at least).")
     ] = 8.0,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 322,
-    generate: Annotated[int, typer.Option(help="Tokens to decode after it.")] = 64,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the prompt. Default: 322, on a software device 64.")
+    ] = None,
+    generate: Annotated[
+        int | None, typer.Option(help="Tokens to decode after it. Default: 64, on a software device 32.")
+    ] = None,
     records: Annotated[
         Path | None,
         typer.Option(
@@ -144,22 +145,22 @@ def main(
     from tuning.ablation_figure import files_of
     from tuning.ablation_results import read_result
     from tuning.ablation_tables import check_format
-    from tuning.ablation_work import Job
+    from tuning.ablation_work import LIGHTER, Job
 
     check_format(format_)
     if repeats < 1 or timeout <= 0 or budget < 0 or (alive is not None and alive < 1):
         raise UserError(f"--repeats {repeats} --timeout {timeout:g} --budget {budget:g}: repeats and timeout above 0")
-    pair = _pair(compare)
+    pair = pair_of(compare)
     if other is not None and (static or format_ != "md"):
         raise UserError("--against sets measured medians side by side, in Markdown; leave out --static and --format")
     second = read_result(other, "--against") if other is not None else None
     if figure is not None:
         cli.check_writable("--figure", files_of(figure)[0])
-    crossed = _names("--factors", factors)
+    crossed = names_in("--factors", factors)
     if crossed is not None and not full_factorial:
         raise UserError("--factors names what --full-factorial crosses; give both, or --sets alone")
-    given = (_names("--sets", sets), full_factorial, tuple(rule or ()), crossed, passes)
-    plan = _Plan(model, target, quantization, attention, seed, *given, runner)
+    given = (names_in("--sets", sets), full_factorial, tuple(rule or ()), crossed, passes)
+    plan = Choices(model, target, quantization, attention, seed, *given, runner)
     if peer is not None:
         plan.add_peer(peer, Job(model, target, quantization, device=tracker and f"rpc://{tracker}/{key}"), static)
     for name in pair or ():
@@ -186,9 +187,11 @@ def main(
         return
     from tuning.ablation_run import Ablation
 
-    where = _where(plan.target, page or device, tracker, key)
+    where = where_of(plan.target, page or device, tracker, key)
     cache = str(FOLDER / "cache")
-    job = Job(model, target, quantization, attention, seed, prompt_tokens, generate, where, cache, plan.toggles)
+    asked = {"prompt_tokens": prompt_tokens, "generate_tokens": generate}
+    sizes = {name: count for name, count in asked.items() if count is not None}
+    job = Job(model, target, quantization, attention, seed, device=where, cache=cache, toggles=plan.toggles, **sizes)
     run = Ablation(
         job,
         plan.source,
@@ -202,140 +205,16 @@ def main(
         alive,
         [variant.name for variant in plan.plain] if functions else (),
         fresh,
+        {name: count for name, count in LIGHTER.items() if name not in sizes},
     )
     if plan.source.note:
         print(f"note: {plan.source.note}", file=sys.stderr)
     _run(run, plan, file, format_, pair, figure, second)
 
 
-class _Plan:
-    """The choices of a command line, checked and resolved."""
-
-    def __init__(
-        self,
-        model: str,
-        target: str,
-        quantization: str,
-        attention: str,
-        seed: int,
-        names: Sequence[str] | None,
-        full_factorial: bool,
-        extra: Sequence[str],
-        factors: Sequence[str] | None,
-        passes: bool,
-        runner: str,
-    ) -> None:
-        from gpt2_tvm.build import make_plan
-        from gpt2_tvm.checkpoint import resolve_model
-        from gpt2_tvm.quantization import get_scheme
-        from targets import load_target, specialise
-        from tuning.variants import cells, pass_cells, pass_variants, variants
-        from tuning.variants import factors as every_factor
-
-        self.target: DeviceTarget = specialise(load_target(target))
-        wanted = ("wgpu", "node", "chromium") if self.target.kind == "webgpu" else ("vm",)
-        if runner not in RUNNERS:
-            raise UserError(f"unknown --runner {runner!r}; choose {', '.join(RUNNERS)}")
-        if runner not in ("auto", *wanted):
-            takes = " or ".join(wanted)
-            raise UserError(f"--runner {runner} cannot run code for {self.target.name}; that takes {takes}")
-        if passes and extra:
-            raise UserError("--rule and --passes: rules stay as they are while passes are toggled; give one of them")
-        self.extra = tuple(extra)
-        self.plain: list[Variant]
-        self.variants: list[Variant]
-        self.toggles = "passes" if passes else "rules"
-        if passes:
-            scaled = get_scheme(quantization).widened
-            self.plain = pass_variants(self.target, names, False, scaled)
-            self.variants = pass_variants(self.target, names, full_factorial, scaled, factors)
-            self.design = pass_cells(self.target, scaled, factors)
-        else:
-            self.plain = variants(self.target, names, False, self.extra)
-            self.variants = variants(self.target, names, full_factorial, self.extra, factors)
-            self.design = cells(self.target, self.extra, factors)
-            if full_factorial and factors is None:
-                left = sorted(set(every_factor(self.target, self.extra)) - set().union(*self.design.values()))
-                if left:
-                    print(
-                        f"note: --full-factorial leaves {', '.join(left)} off; --factors crosses others",
-                        file=sys.stderr,
-                    )
-        self.source = resolve_model(model, seed=seed)
-        make_plan(self.source.config, self.target, quantization, "full", attention)  # refuses what it does not know
-
-    def add_peer(self, name: str, job: Job, static: bool) -> None:
-        """One more set, of somebody else's making. UserError where it cannot be had."""
-        from tuning.ablation_peer import VARIANT, require
-
-        if static:
-            raise UserError(f"--peer {name}: it is timed, and --static times nothing; leave out one of them")
-        require(name, job, self.source, self.target)
-        self.variants.append(VARIANT)
-
-    def result(self, journal: Any) -> dict[str, Any]:
-        from tuning.ablation_results import result
-
-        return result(journal, self.variants, self.target, self.extra, self.design)
-
-    def recorded(self, file: Path, attention: str, quantization: str) -> dict[str, Any]:
-        """What the records hold: of the journal where there is one, else of the result that was kept without it.
-        UserError where they are of something else than these choices."""
-        from tuning.ablation_records import Journal
-        from tuning.ablation_results import read_result
-
-        if not journal_of(file).exists() and file.is_file():
-            found = read_result(file, "--records")
-        else:
-            found = self.result(Journal.read(journal_of(file)))
-        held = {"toggles": "rules", **{key: value for key, value in found["identity"].items() if value is not None}}
-        asked = {"model": self.source.name, "target": self.target.name, "quantization": quantization}
-        for option, value in {**asked, "attention": attention, "toggles": self.toggles}.items():
-            if held.get(option) != value:
-                raise UserError(
-                    f"{file} holds {option} {held.get(option)}, not {value}; say so, or give other --records"
-                )
-        return found
-
-
-def _names(option: str, text: str | None) -> list[str] | None:
-    """What an option lists with commas between. UserError for nothing but commas."""
-    names = None if text is None else [name.strip() for name in text.split(",") if name.strip()]
-    if names == []:
-        raise UserError(f"{option} {text!r} names nothing; leave it out, or give names with commas between")
-    return names
-
-
-def journal_of(file: Path) -> Path:
-    """The journal that stands beside a result."""
-    return file.with_suffix(".journal.jsonl")
-
-
-def _where(target: DeviceTarget, device: str | None, tracker: str | None, key: str | None) -> str | None:
-    """The device as `Engine` takes it."""
-    if (tracker is None) != (key is None):
-        raise UserError("--tracker HOST:PORT and --key KEY go together: give both, or neither")
-    if tracker is None:
-        return device
-    if device is not None:
-        raise UserError(f"--device {device} and --tracker {tracker}: give one of them; a worker has one device")
-    if target.kind == "webgpu":
-        raise UserError("--tracker: TVM's RPC workers cannot run webgpu; run this where the device is")
-    return f"rpc://{tracker}/{key}"
-
-
-def _pair(compare: str | None) -> tuple[str, str] | None:
-    if compare is None:
-        return None
-    parts = [part.strip() for part in compare.split(",")]
-    if len(parts) != 2 or not all(parts):
-        raise UserError(f"--compare {compare}: give two sets with a comma between, such as baseline,full")
-    return parts[0], parts[1]
-
-
 def _run(
     run: Ablation,
-    plan: _Plan,
+    plan: Choices,
     file: Path,
     format_: str,
     pair: tuple[str, str] | None,
@@ -381,7 +260,7 @@ def _show(
         sys.stdout.flush()
 
 
-def _static(plan: _Plan, job: Job, timeout: float, format_: str) -> None:
+def _static(plan: Choices, job: Job, timeout: float, format_: str) -> None:
     from gpt2_tvm import toolchains
     from gpt2_tvm.compile import progress_on_stderr
     from tuning.ablation_static import render, static_table

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ SLOW_FUNCTIONS_S = 1.0  # of a prefill: its functions are timed without rounds b
 WARM_S = 2.0  # a check that takes longer has run all that a turn runs for long enough
 # Of a prefill. One that long is warmed up with a short one. On a software device it goes through more of a process's
 # memory than the TLB reaches, and where that lies makes a tenth to a third: there each turn has a process of its own.
-SLOW_S = 1.5
+SLOW_S = 2.5
 RESERVE = 0.5  # the share of free memory that engines may take
 WHOLE = ("manifest.json", CHAT_CONFIG)  # either is the last file of a folder that a set was compiled into
 EACH_BYTES, EACH_WEIGHTS = 2 << 30, 4  # memory of one that compiles a set: the least, and how many times its weights
@@ -55,6 +55,7 @@ class Ablation:
         reference: one of `ablation_reference.CHOICES`.
         alive: how many engines may be in memory at once; default what half of the free memory holds.
         functions: names of the sets whose single functions are timed too (not through RPC).
+        lighter: attributes of `job` that are others on a software device.
     """
 
     job: Job
@@ -69,6 +70,7 @@ class Ablation:
     alive: int | None = None
     functions: Sequence[str] = ()
     fresh: bool = False
+    lighter: Mapping[str, Any] = field(default_factory=dict)
     _children: OrderedDict[str, Child] = field(default_factory=OrderedDict)
     _device: dict[str, Any] = field(default_factory=dict)
     _digests: dict[frozenset[str], str] = field(default_factory=dict)
@@ -80,9 +82,11 @@ class Ablation:
         Raises UserError where there is no device, the records are another experiment's, or the prompt does not fit.
         """
         started = time.monotonic()
-        self._check_fits()
         how = ablation_reference.choose(self.reference, self.job.quantization, self.target.kind)
         self._device = self._need(run_once("device", ablation_work.probe, self.job, timeout_s=self.timeout_s))
+        if self._device.get("software"):
+            self.job = replace(self.job, **self.lighter)
+        self._check_fits()
         with Journal.begin(self.records, self._header(how), self.fresh) as journal:
             self._compiled, before = 0, self.records.stat().st_size
             try:
@@ -251,7 +255,11 @@ class Ablation:
                 continue
             if self._done(journal, code):
                 self._time_functions(journal, code, codes[code])  # while its shaders are compiled
-            elif self._device.get("software") and journal.samples[code][round_]["prefill_s"] > SLOW_S:
+            elif (
+                self._device.get("software")
+                and not self.job.in_a_page
+                and journal.samples[code][round_]["prefill_s"] > SLOW_S
+            ):
                 self._children.pop(code).close()  # see `SLOW_S`
 
     def _turn(self, journal: Journal, child: Child, code: str, round_: int) -> bool:

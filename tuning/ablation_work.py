@@ -15,6 +15,8 @@ TURN_S = 0.4  # a turn goes on until that much is timed: single prefills of a sm
 MOST_CYCLES = 25
 FEWEST_CYCLES = 3  # of short ones: the first of a turn finds its threads asleep
 SHORT_S = 0.5
+# Sizes on a software device where none are asked for: plain loops take up to ten seconds for the study's 322 tokens.
+LIGHTER = {"prompt_tokens": 64, "generate_tokens": 32}
 PARTS, PREFILLS_S = 8, 1.5  # on a software device: parts of decoding, seconds of prefills in a turn
 FEWEST_STEPS = 5  # of decode whose functions are timed
 
@@ -66,7 +68,7 @@ class Job:
 
 def probe(announce: Announce, job: Job) -> dict[str, Any]:
     """The device that would run the target's code: {"device": its name, "memory_bytes": of a GPU, or None, "software":
-    whether a GPU's code would run on the CPU, by wgpu}.
+    whether a GPU's code would run on the CPU}.
 
     Raises UserError where this machine has none.
     """
@@ -140,7 +142,7 @@ def _ask_page(runner: str) -> dict[str, Any]:
         # WebGPU does not tell a GPU's memory; a software device has the machine's
         memory = None if software else 2 << 30
         where = f"{page.where} on {processor_name()}" if software else page.where
-        return {"device": f"{name} in {where}", "memory_bytes": memory}
+        return {"device": f"{name} in {where}", "memory_bytes": memory, "software": software}
     finally:
         page.close()
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from typing import Any
 
 import numpy as np
 import pytest
-from cuda_on_cpu import run
+from cuda_on_cpu import kernel_source, run
 from tvm import tirx
 
 from gpt2_tvm.build import lower_plan, make_plan
@@ -148,6 +149,19 @@ def test_where_split_k_could_pay() -> None:
             gains.append((name, dtype, long))
     assert gains == [("gpt2-xl", "float16", 1)]
     assert split_config(GemvShape(50257, 768, 1, "float16"), device.tvm_target()) is None
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_threads_that_share_a_row_take_the_same_branches(rows: int) -> None:
+    """A shuffle's mask is what `__activemask()` says after the guards of a last, partial block. With eight threads a
+    row a warp may have parted there; but never the threads whose values meet (see `tunable_gemv`)."""
+    made = lowered("q0f16")
+    func = made.scheduled[function(made, "wte", rows)]
+    source = kernel_source(func, "sm_90")
+    product = source[source.rindex("__syncthreads()") : source.rindex("__shfl")]
+    guards = re.findall(r"\bif \((.*)\) \{", product)
+    assert any("threadIdx.y" in guard for guard in guards)  # 1001 outputs in blocks of 32
+    assert not [guard for guard in guards if "threadIdx.x" in guard]
 
 
 # ---- the end of a step

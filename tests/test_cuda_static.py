@@ -1,6 +1,6 @@
 """What can be proved about CUDA without a GPU: the SASS of sm_80, sm_89 and sm_90, and the launches of a decode step.
 
-The quick tests compile a small model, the heavy ones two layers of GPT-2 124M's shapes.
+The quick tests compile a small model, the heavy ones two layers of GPT-2 124M's shapes and one of XL's.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ ARCHS = ("sm_80", "sm_89", "sm_90")
 CONFIGS = {
     "small": GPT2Config(vocab_size=1000, n_positions=128, n_embd=256, n_layer=2, n_head=4),
     "124M": GPT2Config(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=2, n_head=12),
+    "xl": GPT2Config(vocab_size=50257, n_positions=1024, n_embd=1600, n_layer=1, n_head=25),
 }
 MODELS = ["small", pytest.param("124M", marks=pytest.mark.heavy)]
 DTYPES = ["q0f16", "q0f32"]
@@ -70,14 +71,17 @@ class Built:
 
 
 @functools.cache
-def built(model: str, quantization: str, arch: str = "") -> Built:
+def built(
+    model: str, quantization: str, arch: str = "", batches: tuple[int, ...] = (), widths: tuple[int, ...] = ()
+) -> Built:
     """arch: one alone, as the target's, instead of the three of a library for any GPU."""
     import tvm
 
     target = load_target("h200" if arch else "cuda")
     if arch:
         target = replace(target, tvm={**target.tvm, "arch": arch}, archs=(arch,))
-    plan = make_plan(CONFIGS[model], target, quantization, verify_widths=())
+    sizes = {"batch_sizes": batches} if batches else {}
+    plan = make_plan(CONFIGS[model], target, quantization, verify_widths=widths, **sizes)
     toolchains.prepare(plan.target)
     with toolchains.compiling(plan.target) as target, tempfile.TemporaryDirectory() as folder:
         lowered, _ = lower_plan(plan)
@@ -199,6 +203,26 @@ def test_prefill_of_sm_90a_runs_on_tensor_cores() -> None:
     for row in rows:
         for kernel in made.of("sm_90a", row):
             assert any(kernel.instructions.get(name) for name in TENSOR_CORES), row["name"]
+
+
+@needs_tools[0]
+@needs_tools[1]
+@pytest.mark.heavy
+def test_wider_steps_of_gpt2_xl() -> None:
+    """Batches of 1, 4 and 12 and a verify of 4, where rows are 8 threads x 25 loads: no spills, the weight 16 bytes a
+    load, and blocks that fit."""
+    made = built("xl", "q0f16", "sm_90", (1, 4, 12), (4,))
+    steps = {"greedy_b1", "greedy_b4", "greedy_b12", "verify_b1_m4", "verify_b4_m4", "verify_b12_m4"}
+    assert steps <= set(made.table["launches"])
+    assert not [k.kernel for k in made.kernels["sm_90"] if k.spill_bytes]
+    for row in (f for f in made.table["functions"] if steps & set(f["calls"])):
+        kernels = made.of("sm_90", row)
+        assert all(k.occupancy is None or k.occupancy > 0 for k in kernels), row["name"]
+        if row["rule"] in ("wide-gemv", "norm-gemv"):
+            (kernel,) = kernels
+            assert kernel.instructions.get("LDG.128", 0) >= weight_loads(made, row), row["name"]
+            assert kernel.shared_bytes <= 48 << 10 and kernel.registers <= 128, row["name"]
+            assert kernel.occupancy >= (0.5 if "greedy_b1" in row["calls"] else 0.25), row["name"]
 
 
 @pytest.mark.parametrize("model", ["small", "124M"])

@@ -111,11 +111,16 @@ class Engine:
             self.runner.call(f"{step}_b{slots}", inputs)
         # step k appended token k at slot first + k and remembered its successor at the slot after it
         seen = self.runner.download(history)
+        rows = np.arange(self.batch)
+        if first.max() + n < self.max_seq_len:
+            following = seen[rows, first + n]
+        else:  # a sequence that fills the context has no slot for it
+            following = self.runner.download(inputs[0])[: self.batch, 0].copy()
         tokens = np.empty((self.batch, n), np.int32)
-        for b in range(self.batch):
+        for b in rows:
             tokens[b, 0] = self._next[b]
             tokens[b, 1:] = seen[b, first[b] + 1 : first[b] + n]
-        self._next = self.runner.download(inputs[0])[: self.batch, 0].copy()
+        self._next = following
         self._tree = None
         self.positions = self.positions + np.int32(n)
         return tokens

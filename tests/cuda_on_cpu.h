@@ -31,6 +31,10 @@ using std::min;
 template <typename T, int N> struct alignas(sizeof(T) * N) Vector { T x, y; };
 template <typename T> struct alignas(sizeof(T) * 4) Vector<T, 4> { T x, y, z, w; };
 struct half2 : Vector<half, 2> {};
+struct half4 : Vector<half, 4> {
+  half4() = default;
+  half4(half a, half b, half c, half d) { x = a, y = b, z = c, w = d; }
+};
 struct float2 : Vector<float, 2> {};
 struct int2 : Vector<int, 2> {};
 struct uint2 : Vector<unsigned, 2> {};
@@ -266,14 +270,22 @@ inline void finish_groups(int left) {
 }  // namespace emulated
 
 inline void __syncthreads() { emulated::pause(emulated::BLOCK, "barrier"); }
-template <typename T> T __shfl_xor_sync(unsigned, T value, int mask, int = 32) {
-  return emulated::exchange(value, std::function<int(int)>([mask](int lane) { return lane ^ mask; }));
+// width: lanes of a segment. A lane that names one past its own segment gets its own value (xor: past it upwards).
+template <typename T> T __shfl_xor_sync(unsigned, T value, int mask, int width = 32) {
+  return emulated::exchange(value, std::function<int(int)>([=](int lane) {
+    const int from = lane ^ mask;
+    return from / width > lane / width ? lane : from;
+  }));
 }
-template <typename T> T __shfl_down_sync(unsigned, T value, int by, int = 32) {
-  return emulated::exchange(value, std::function<int(int)>([by](int lane) { return min(lane + by, 31); }));
+template <typename T> T __shfl_down_sync(unsigned, T value, int by, int width = 32) {
+  return emulated::exchange(value, std::function<int(int)>([=](int lane) {
+    return lane % width + by < width ? lane + by : lane;
+  }));
 }
-template <typename T> T __shfl_sync(unsigned, T value, int at, int = 32) {
-  return emulated::exchange(value, std::function<int(int)>([at](int) { return at; }));
+template <typename T> T __shfl_sync(unsigned, T value, int at, int width = 32) {
+  return emulated::exchange(value, std::function<int(int)>([=](int lane) {
+    return lane / width * width + (at % width + width) % width;
+  }));
 }
 inline unsigned __cvta_generic_to_shared(const void *) { return 0; }  // whoever reads it is replaced
 inline unsigned __activemask() { return ~0u; }

@@ -61,12 +61,9 @@ def build(func: tirx.PrimFunc, arch: str) -> Built:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
-    target = tvm.target.Target({"kind": "cuda", "arch": arch, "max_num_threads": 1024})
-    launches, modules = split_launches({tvm.ir.GlobalVar(NAME): func.with_attr("global_symbol", NAME)}, target)
-    ((device, kernels),) = modules.items()
-    source = cuda_source(kernels, device)
+    launches, source = _generated(func, arch)
     blocks = [tuple(int(extent) for extent in block) for _, block in launch_shapes(func)]
-    code = [f'#include "{HEADER}"', translated(source), *map(_entry, launches[NAME])]
+    code = [f'#include "{HEADER}"', translated(source), *map(_entry, launches)]
     with tempfile.TemporaryDirectory(prefix="cuda-on-cpu-") as scratch:
         file = Path(scratch, "kernel.cc")
         file.write_text("\n".join(code))
@@ -75,8 +72,20 @@ def build(func: tirx.PrimFunc, arch: str) -> Built:
             [compiler, *options, str(file), "-o", f"{scratch}/kernel.so"], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr[:4000]
-        _built[key] = Built(launches[NAME], blocks, ctypes.CDLL(f"{scratch}/kernel.so"))
+        _built[key] = Built(launches, blocks, ctypes.CDLL(f"{scratch}/kernel.so"))
     return _built[key]
+
+
+def _generated(func: tirx.PrimFunc, arch: str) -> tuple[list[HostLaunch], str]:
+    target = tvm.target.Target({"kind": "cuda", "arch": arch, "max_num_threads": 1024})
+    launches, modules = split_launches({tvm.ir.GlobalVar(NAME): func.with_attr("global_symbol", NAME)}, target)
+    ((device, kernels),) = modules.items()
+    return launches[NAME], cuda_source(kernels, device)
+
+
+def kernel_source(func: tirx.PrimFunc, arch: str) -> str:
+    """The CUDA source of a scheduled PrimFunc."""
+    return _generated(func, arch)[1]
 
 
 def cuda_source(kernels: tvm.IRModule, target: tvm.target.Target) -> str:

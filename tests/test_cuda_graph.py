@@ -178,14 +178,19 @@ def test_replays_give_what_plain_calls_give(graphed: tuple[Engine, StepGraphs, R
     assert set(graphs._steps) <= {f"graph_{name}" for name in STEPS} and len(driver.alive) == len(graphs._steps)
 
 
-def test_n_greedy_tokens_are_n_launches(graphed: tuple[Engine, StepGraphs, Replays]) -> None:
+def test_n_greedy_tokens_are_n_launches_and_one_read_back(
+    graphed: tuple[Engine, StepGraphs, Replays], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, graphs, driver = graphed
     engine.prefill([1, 2, 3])
     engine.decode_greedy(2)  # the first call runs and is captured, the second is a launch
     before, called = len(driver.launched), []
     original = graphs.call
     graphs.call = lambda name, inputs, invoke: original(name, inputs, lambda: called.append(name))  # type: ignore
+    read, download = [], engine.runner.download
+    monkeypatch.setattr(engine.runner, "download", lambda tensor: (read.append(tensor), download(tensor))[1])  # type: ignore
     engine.decode_greedy(20)
+    assert len(read) == 1
     assert len(driver.launched) - before == 20 and graphs.captures == 1
     assert not called  # the virtual machine took no part
 

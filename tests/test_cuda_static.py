@@ -1,12 +1,13 @@
 """What can be proved about CUDA without a GPU: the SASS of sm_80, sm_89 and sm_90, and the launches of a decode step.
 
-The quick tests compile a small model, the heavy ones two layers of GPT-2 124M's shapes.
+The quick tests compile a small model, the heavy ones two layers of GPT-2 124M's shapes and one of XL's.
 """
 
 from __future__ import annotations
 
 import functools
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,17 @@ ARCHS = ("sm_80", "sm_89", "sm_90")
 CONFIGS = {
     "small": GPT2Config(vocab_size=1000, n_positions=128, n_embd=256, n_layer=2, n_head=4),
     "124M": GPT2Config(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=2, n_head=12),
+    "xl": GPT2Config(vocab_size=50257, n_positions=1024, n_embd=1600, n_layer=1, n_head=25),
 }
 MODELS = ["small", pytest.param("124M", marks=pytest.mark.heavy)]
 DTYPES = ["q0f16", "q0f32"]
 GEMV_RULES = ("wide-gemv", "norm-gemv", "quantised-gemv", "tunable-gemv", "gemv")
+UNROLLED = 64  # loads a thread in a row; a loop of more (the head of K = 1600) stays one
 TENSOR_CORES = ("HMMA", "HGMMA")
 # Share of a multiprocessor's threads that its registers and shared memory must leave room for. A GEMV lives on threads
 # that wait for memory; a matmul on registers that hold its tile, where one block of 512 threads is enough.
-OCCUPANCY = {"gemv": 0.5, "matmul": 0.25}
+# Attention of a decode step holds its splits' values in registers, and what ends a step is one block a row.
+OCCUPANCY = {"gemv": 0.5, "matmul": 0.25, "attention": 0.4, "end": 0.5}
 # A matmul of few rows waits for its weight: there the tiles on their way to shared memory count, on a multiprocessor.
 IN_FLIGHT = 64 << 10
 MOST_THREADS = {"sm_80": 2048, "sm_89": 1536, "sm_90": 2048}
@@ -67,14 +71,17 @@ class Built:
 
 
 @functools.cache
-def built(model: str, quantization: str, arch: str = "") -> Built:
+def built(
+    model: str, quantization: str, arch: str = "", batches: tuple[int, ...] = (), widths: tuple[int, ...] = ()
+) -> Built:
     """arch: one alone, as the target's, instead of the three of a library for any GPU."""
     import tvm
 
     target = load_target("h200" if arch else "cuda")
     if arch:
         target = replace(target, tvm={**target.tvm, "arch": arch}, archs=(arch,))
-    plan = make_plan(CONFIGS[model], target, quantization, verify_widths=())
+    sizes = {"batch_sizes": batches} if batches else {}
+    plan = make_plan(CONFIGS[model], target, quantization, verify_widths=widths, **sizes)
     toolchains.prepare(plan.target)
     with toolchains.compiling(plan.target) as target, tempfile.TemporaryDirectory() as folder:
         lowered, _ = lower_plan(plan)
@@ -93,6 +100,33 @@ def matmuls(made: Built) -> list[dict[str, Any]]:
     return [f for f in made.table["functions"] if "matmul" in f["rule"] and "prefill" in f["calls"]]
 
 
+def kinds(made: Built) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the table that have an occupancy to reach."""
+    named = {f["name"]: f for f in made.table["functions"] if "greedy_b1" in f["calls"]}
+    return {
+        "gemv": gemvs(made),
+        "matmul": matmuls(made),
+        "attention": [named["decode_attention_append"]],
+        "end": [named["greedy_advance"]],
+    }
+
+
+def weight_loads(made: Built, row: dict[str, Any]) -> int:
+    """Loads of 16 bytes a thread for a product's weight alone: its rows' bytes, over the threads that share them. x,
+    where it is not in shared memory (`wide-gemv`), takes 16 bytes a load too in float32, 8 in float16."""
+    config, half = made.plan.config, made.plan.scheme.compute_dtype == "float16"
+    along, across, _ = row["block"]
+    reduced = 4 * config.n_embd if "mlp.c_proj" in row["role"] else config.n_embd
+    steps, left = divmod(reduced * (2 if half else 4), 16 * along)
+    assert not left, row
+    outputs = {"logits": config.vocab_size, "c_attn": 3 * config.n_embd, "c_fc": 4 * config.n_embd}
+    rows = next((count for part, count in outputs.items() if part in row["role"]), config.n_embd)
+    tile = -(-rows // (row["grid"][0] * across))
+    if steps * tile > UNROLLED:
+        steps = 1
+    return steps * tile * (1 if half or row["rule"] != "wide-gemv" else 2)
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("quantization", ["q0f16", pytest.param("q0f32", marks=pytest.mark.heavy)])
 class TestSass:
@@ -107,7 +141,19 @@ class TestSass:
             for row in gemvs(made):
                 for kernel in made.of(arch, row):
                     assert kernel.widest_load_bytes == 16, f"{arch} {row['name']} ({row['rule']})"
-                    assert kernel.instructions.get("LDG.128", 0) + kernel.instructions.get("LDGSTS.128", 0)
+                    found = kernel.instructions.get("LDG.128", 0) + kernel.instructions.get("LDGSTS.128", 0)
+                    assert found >= weight_loads(made, row), f"{arch} {row['name']}: {kernel.instructions}"
+
+    def test_every_launch_of_a_decode_step_is_in_the_machine_code(self, model: str, quantization: str) -> None:
+        """Counted there, not in the table: what greedy_b1 calls, attention and the token's choice among it."""
+        made = built(model, quantization)
+        rows = [f for f in made.table["functions"] if "greedy_b1" in f["calls"]]
+        assert {"decode_attention_append", "greedy_advance"} <= {f["name"] for f in rows}
+        for arch in ARCHS:
+            present = Counter(kernel.function for kernel in made.kernels[arch])
+            assert not [f["name"] for f in rows if present[f["name"]] != f["kernels"]]
+            launches = sum(present[f["name"]] * f["calls"]["greedy_b1"] for f in rows)
+            assert launches == made.table["launches_per_decode"] <= 5 * made.plan.config.n_layer + 4
 
     def test_prefill_runs_on_tensor_cores(self, model: str, quantization: str) -> None:
         made = built(model, quantization)
@@ -134,13 +180,15 @@ class TestSass:
     def test_registers_and_shared_memory_leave_room(self, model: str, quantization: str) -> None:
         made = built(model, quantization)
         for arch in ARCHS:
-            for kind, rows in (("gemv", gemvs(made)), ("matmul", matmuls(made))):
+            for kind, rows in kinds(made).items():
                 for row in rows:
                     for kernel in made.of(arch, row):
                         assert kernel.registers * kernel.threads <= 65536
                         reached = f"{kernel.occupancy:.0%} with {kernel.registers} registers, {kernel.shared_bytes} B"
                         tiles = kernel.occupancy * MOST_THREADS[arch] / kernel.threads * kernel.shared_bytes
-                        enough = row["rule"] == "tensor-matmul" and tiles >= IN_FLIGHT
+                        # of prefill's products only the head has few rows, one a sequence
+                        few = row["rule"] == "tensor-matmul" and "logits" in row["role"]
+                        enough = few and tiles >= IN_FLIGHT
                         assert kernel.occupancy >= OCCUPANCY[kind] or enough, f"{arch} {row['name']}: {reached}"
 
 
@@ -155,6 +203,26 @@ def test_prefill_of_sm_90a_runs_on_tensor_cores() -> None:
     for row in rows:
         for kernel in made.of("sm_90a", row):
             assert any(kernel.instructions.get(name) for name in TENSOR_CORES), row["name"]
+
+
+@needs_tools[0]
+@needs_tools[1]
+@pytest.mark.heavy
+def test_wider_steps_of_gpt2_xl() -> None:
+    """Batches of 1, 4 and 12 and a verify of 4, where rows are 8 threads x 25 loads: no spills, the weight 16 bytes a
+    load, and blocks that fit."""
+    made = built("xl", "q0f16", "sm_90", (1, 4, 12), (4,))
+    steps = {"greedy_b1", "greedy_b4", "greedy_b12", "verify_b1_m4", "verify_b4_m4", "verify_b12_m4"}
+    assert steps <= set(made.table["launches"])
+    assert not [k.kernel for k in made.kernels["sm_90"] if k.spill_bytes]
+    for row in (f for f in made.table["functions"] if steps & set(f["calls"])):
+        kernels = made.of("sm_90", row)
+        assert all(k.occupancy is None or k.occupancy > 0 for k in kernels), row["name"]
+        if row["rule"] in ("wide-gemv", "norm-gemv"):
+            (kernel,) = kernels
+            assert kernel.instructions.get("LDG.128", 0) >= weight_loads(made, row), row["name"]
+            assert kernel.shared_bytes <= 48 << 10 and kernel.registers <= 128, row["name"]
+            assert kernel.occupancy >= (0.5 if "greedy_b1" in row["calls"] else 0.25), row["name"]
 
 
 @pytest.mark.parametrize("model", ["small", "124M"])

@@ -167,7 +167,13 @@ def test_greedy_in_two_parts_is_greedy_in_one(engine: Engine) -> None:
 
 def test_greedy_may_fill_the_context_to_the_last_token(engine: Engine) -> None:
     fresh(engine, row(CONFIG.n_positions - 5))
-    assert engine.decode_greedy(5).shape == (1, 5)
+    assert engine.decode_greedy(4).shape == (1, 4)
+    last = engine.best
+    fresh(engine, row(CONFIG.n_positions - 5))
+    assert engine.decode_greedy(5)[0, 4] == last
+    after = engine.best  # has no slot of its own
+    engine.rewind(CONFIG.n_positions - 1)
+    np.testing.assert_array_equal(engine.decode(last).argmax(-1), after)
     with pytest.raises(UserError, match="context holds 160"):
         engine.decode_greedy(1)
 

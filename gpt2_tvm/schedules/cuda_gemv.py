@@ -9,12 +9,21 @@ flight, so here
 - blocks are small, so that 768 outputs still reach every multiprocessor;
 - x is read through the first-level cache, 16 bytes a load: no barrier before the first weight arrives.
 
-What follows the product (bias, GELU, residual) is in the same kernel. No split-K: a second launch costs more than the
-smallest of these products.
+What follows the product (bias, GELU, residual) is in the same kernel.
+
+Split-K over blocks, with a second kernel that adds the slices, is not done here, nor in `norm-gemv` ever (its prologue
+would be computed once more for each slice). It buys bytes in flight, and the small matrices have none to gain: the
+four loads of a thread, in 384 blocks of 64 threads, are the whole of a 768 x 768 float16 matrix (1.2 MB; an H200 hides
+its latency from 2.9 MB on), and for K = 3072 the slices are warps of one block, without a second launch. Only K = 1600
+(GPT-2 XL), where eight threads share a row, has 0.8 MB of 5.1 MB under way. Whether it pays there is for a GPU to say:
+`split-gemv` is the same rule with slices (`--rules with-split-gemv`, and `--passes without-combine-gemv` for the output
+projection of attention, which is else `norm-gemv`'s). Measure it function by function: between its kernels the sums lie
+in TVM's workspace, which a captured graph does not own.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tvm.s_tir.dlight.base import get_bytes
@@ -35,6 +44,7 @@ FLIGHT = 65536  # threads that fill a large GPU: from there on a row needs no se
 MOST_ALONG_R = 128
 VECTOR = 4  # multiply-adds as one vector: TVM writes no valid CUDA for eight float32 from scattered places
 LEAST_ALONG_R = 4  # fewer threads a row, and a warp's loads are scattered: left to the next rule
+SLICES = (5, 4, 3, 2)  # of K, tried in this order: 1600 is 8 threads x 25 loads
 FLOATS = ("float32", "float16", "bfloat16")
 
 
@@ -78,6 +88,22 @@ def wide_config(shape: GemvShape, target: Target) -> GemvConfig | None:
     )
 
 
+def split_config(shape: GemvShape, target: Target) -> GemvConfig | None:
+    """`wide_config`'s point with K cut into slices, instead of into warps; None where the rows alone fill a large GPU,
+    or where no slice is a whole number of loads."""
+    point = wide_config(shape, target)
+    if point is None or shape.outputs is None or shape.reduced is None or shape.outputs * WARP >= FLIGHT:
+        return None
+    tr = min(point.tr, WARP)
+    slices = next((s for s in SLICES if shape.reduced % (tr * point.tile_r * s) == 0), None)
+    return None if slices is None else replace(point, ts=max(point.ts, WARP // tr), tr=tr, split_k=slices)
+
+
 def wide_gemv() -> TunableGemv:
     """The rule: `TunableGemv` at `wide_config`'s points."""
     return TunableGemv(wide_config)
+
+
+def split_gemv() -> TunableGemv:
+    """The rule: `TunableGemv` at `split_config`'s points."""
+    return TunableGemv(split_config)

@@ -54,6 +54,9 @@ def config_for(shape: GemvShape, target: Target) -> GemvConfig:
     while ts * tr > most:
         ts //= 2
     k = shape.reduced or 1
+    if kind == "cuda":  # fewer threads a row before loads of fewer bytes: K = 1600 is 8 threads x 25 loads
+        along = next((t for t in (32, 16, 8, 4) if k % (t * most_r) == 0), tr)
+        ts, tr = ts * tr // along, along
     tile_r = max(largest_factor(k, tuple(tr * f for f in (1, 2, 4, 8, 16) if f <= most_r)) // tr, 1)
     vec_c = 1 if kind in ("webgpu", "metal") else largest_factor(tile_r, (1, 2, 4))
     return GemvConfig(

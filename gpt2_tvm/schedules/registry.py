@@ -84,6 +84,12 @@ def _wide_gemv(_: DeviceTarget) -> ScheduleRule:
     return wide_gemv()
 
 
+def _split_gemv(_: DeviceTarget) -> ScheduleRule:
+    from gpt2_tvm.schedules.cuda_gemv import split_gemv
+
+    return split_gemv()
+
+
 class _Emitted:
     """A rule that takes nothing: the function it stands for comes scheduled, and the model calls it where the rule is
     among a plan's (`kernels.persistent`)."""
@@ -141,6 +147,7 @@ RULES: dict[str, Callable[[DeviceTarget], Any]] = {
     "gemv": _gemv,
     "quantised-gemv": _quantised_gemv,
     "wide-gemv": _wide_gemv,
+    "split-gemv": _split_gemv,
     "norm-gemv": _norm_gemv,
     "persistent": _persistent,
     "reduction": _gpu("Reduction"),

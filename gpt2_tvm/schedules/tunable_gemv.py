@@ -12,6 +12,9 @@ With `stock_config`'s values the result is structurally equal to that of `dl.gpu
 that is not copied: where nothing follows the product and TS · TILE_S does not divide N, the last block of DLight's
 kernel writes past the end of y, because TVM lowers a reduction across threads without the block's predicate (the
 head of GPT-2: N = 50257, TS = 16 on CUDA). Here the sum goes through a register and a copy that has the predicate.
+TVM asks `__activemask()` for a shuffle's mask, behind the guards of such a block. Where several rows share a warp it
+may have parted there, row by row: a guard of the product looks at the row alone (blockIdx and the thread along s), so
+the threads whose values meet take the same branches, and what a lane is given of another row reaches no result.
 Products that run over the weight's outer axis (p·V of materialised attention on Metal) are left to DLight.
 
 Quantised weights (int8, 4 bits) are one more kind: what is loaded, vec_load bytes at a time, are the words that they

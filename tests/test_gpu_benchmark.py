@@ -123,51 +123,6 @@ def test_every_part_on_a_cpu(kit: Path, tmp_path: Path) -> None:
     assert (tmp_path / "report.md").read_text() == printed
 
 
-def test_a_part_goes_on_where_it_ended(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gpu_bench import runs
-
-    (path,) = runs.find_artifacts(kit)
-    entries, cases = runs.ablation([path]), [Case(1, 6, 5), Case(2, 6, 5)]
-    first = runs.run_part("ours", entries, cases[:1], 2, 60, "cpu", tmp_path)
-    both = runs.run_part("ours", entries, cases, 2, 60, "cpu", tmp_path)
-    assert both["complete"] and both["rows"][0] == first["rows"][0] and len(both["rows"]) == 2
-    monkeypatch.setattr(runs, "Worker", None)  # nothing is left to start
-    assert runs.run_part("ours", entries, cases, 2, 60, "cpu", tmp_path)["rows"] == both["rows"]
-
-
-def test_correctness_goes_on_where_it_ended(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import gpu
-    from gpu_bench import correctness
-
-    seen: list[str] = []
-
-    def checked(path: Path, device: str | None) -> dict[str, Any]:
-        seen.append(path.name)
-        numbers = dict.fromkeys(("error", "largest", "share", "allowed"), 0.0)
-        return {**numbers, "artifact": path.name, "same_ids": None, "refused": "", "ok": len(seen) > 1}
-
-    monkeypatch.setattr(correctness, "check", checked)
-    with pytest.raises(UserError, match="wrong: tiny-q0f32-full"):
-        gpu.correctness(kit, tmp_path, 60.0, None)
-    with pytest.raises(UserError, match="no time for: tiny-q0f32-full; the same command goes on"):
-        gpu.correctness(kit, tmp_path, -1.0, None)
-    assert len(seen) == 1
-    gpu.correctness(kit, tmp_path, 60.0, None)  # what was wrong is tried again
-    gpu.correctness(kit, tmp_path, 60.0, None)
-    assert len(seen) == 2
-    monkeypatch.setattr(correctness, "code_of", lambda path: "another build")
-    gpu.correctness(kit, tmp_path, 60.0, None)
-    assert len(seen) == 3 and len(json.loads((tmp_path / "correctness.json").read_text())["rows"]) == 1
-
-
-def test_a_part_ends_in_time_whatever_its_children_do(kit: Path, tmp_path: Path) -> None:
-    from gpu_bench import runs
-
-    (path,) = runs.find_artifacts(kit)
-    result = runs.run_part("ours", runs.ablation([path]), [Case(1, 6, 5)], 10**6, 4, "cpu", tmp_path)
-    assert not result["complete"]
-
-
 def test_what_cannot_be_run_is_said_in_a_line(kit: Path, tmp_path: Path) -> None:
     assert "no gpt2 q0f16 in" in command(
         "ours", "--kit", kit, "--results", tmp_path, "--quantization", "q0f16", fails=True
@@ -216,7 +171,8 @@ def test_the_report_of_planted_records(tmp_path: Path) -> None:
         engine="torch eager", kind="torch", how="eager", decode_tok_s=900.0, floor_share=0.05, same_ids=60
     )
     torch_row |= {"launches_a_token": 140, "kernels_a_token": 140}
-    result = {"complete": False, "failures": ["torch max-autotune: planted"], "date": "2026-01-02"}
+    failure = planted(engine="torch max-autotune", failure="timeout", message="planted")
+    result = {"complete": False, "failures": [failure], "date": "2026-01-02"}
     (tmp_path / "peers.json").write_text(json.dumps({**result, "rows": [torch_row, planted()]}))
     for batch in (1, 4):
         rows = [planted(batch=batch), planted(batch=batch, generate_tokens=512, kind="torch")]
@@ -226,7 +182,10 @@ def test_the_report_of_planted_records(tmp_path: Path) -> None:
     lines = [line for line in peers.splitlines() if line.startswith("| gpt2 q0f16")]
     assert ["graph" in lines[0], "torch eager" in lines[1]] == [True, True]  # the fastest first
     assert "50%" in lines[0] and "| 1 |" in " ".join(lines[0].split()) and "60 of 64" in lines[1]
-    assert "Failed: torch max-autotune: planted" in peers and "the same command goes on" in peers
+    assert (
+        "Failed (timeout): torch max-autotune of gpt2-q0f16-full, 1 x 322 + 64: planted" in peers
+        and "the same command goes on" in peers
+    )
     assert sizes.count("| gpt2 q0f16") == 4
     made = draw(tmp_path, tmp_path / "figures")
     assert [path.name for path in made] == ["gpu-peers.png", "gpu-sizes.png"]

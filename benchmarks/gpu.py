@@ -4,7 +4,7 @@ Here, with a compiler and perhaps no GPU:
 
     python benchmarks/gpu.py pack-kit --output gpu-kit.tar.xz
 
-There, with a GPU, torch, numpy, ml_dtypes and no network, from the folder with gpu-kit.tar.xz (which is unpacked beside
+There, with a GPU, torch, numpy and no network, from the folder with gpu-kit.tar.xz (which is unpacked beside
 itself; or `tar xf` it and run the gpu.py in it):
 
     python benchmarks/gpu.py machine        copy bandwidth, launches, arithmetic
@@ -310,7 +310,7 @@ def pack_kit(
     ablated: Annotated[str, typer.Option(help="The model for the part `ours`; '' for none.")] = "gpt2",
     bundled: Annotated[bool, typer.Option(help="Also the bundled trained model, with weights.")] = True,
     wheels: Annotated[
-        Path | None, typer.Option(help="Wheels of apache-tvm and apache-tvm-ffi for the machine's Python.")
+        Path | None, typer.Option(help="Wheels of apache-tvm, apache-tvm-ffi and ml_dtypes for the machine's Python.")
     ] = None,
 ) -> None:
     """Compile for a GPU that is not here, and bundle what runs it. Half a minute to two for each artifact."""

@@ -25,6 +25,7 @@ def render(results: Path) -> str:
     for part in PARTS:
         if (found := gather(results, part)) and found["rows"]:
             sections.append(f"#### {TITLES[part]}\n\n{table(found['rows'])}{_notes(found)}")
+    sections += extras(results)
     if not sections:
         raise UserError(f"{results} holds no results; run a part first, such as python benchmarks/gpu.py machine")
     return "\n\n".join(sections) + "\n"
@@ -238,3 +239,61 @@ def _sizes(rows: Sequence[Row], path: Path, title: str) -> None:
 
 def _group(row: Row) -> tuple[Any, ...]:
     return row["model"], row["quantization"], row["batch"], row["generate_tokens"]
+
+
+def extras(results: Path) -> list[str]:
+    """Sections of the parts that are not timed engines: kernels, replays, sanitizer."""
+    sections = []
+    if found := read(results / "kernels.json"):
+        sections.append(_kernels(found["rows"]))
+    if found := read(results / "replays.json"):
+        cells = [
+            [row["artifact"], *(str(row.get(k, "")) for k in ("replays", "stretches_with_other_ids"))]
+            + [number(row[k]) if k in row else "" for k in ("gpu_growth_mb", "host_growth_mb")]
+            + ["ok" if row["ok"] else f"FAILED {row.get('message') or row.get('refused') or ''}".strip()]
+            for row in found["rows"]
+        ]
+        headings = ["artifact", "replays", "stretches with other ids", "GPU grew MB", "host grew MB", ""]
+        sections.append("#### Replays of the decode graph\n\n" + markdown_table(headings, cells, left=1))
+    if found := read(results / "sanitizer.json"):
+        cells = [
+            [row["artifact"], row["tool"], row["summary"], "ok" if row["ok"] else f"FAILED {row['message']}"]
+            for row in found["rows"]
+        ]
+        text = markdown_table(["artifact", "tool", "summary", ""], cells, left=3) if cells else found["missing"] + "."
+        sections.append("#### compute-sanitizer\n\n" + text)
+    return sections
+
+
+def _kernels(rows: Sequence[Row]) -> str:
+    measured = [row for row in rows if row["ok"]]
+    heads = [
+        [
+            row["artifact"],
+            number(row["head"]["us"]),
+            number(row["head"]["gb_s"]),
+            "" if row["head"]["share"] is None else f"{row['head']['share']:.0%}",
+            f"{row['head']['wanted']:.0%}",
+        ]
+        for row in measured
+    ]
+    products = [
+        [
+            row["artifact"],
+            p["product"],
+            f"{p['m']} x {p['n']} x {p['k']}",
+            number(p["us"]),
+            number(p["torch_us"]),
+            f"{p['ratio']:.2f}",
+        ]
+        for row in measured
+        for p in row["products"]
+    ]
+    parts = [
+        "#### Kernels alone",
+        markdown_table(["LM head of", "us", "GB/s", "of copy", "wanted"], heads, left=1),
+        markdown_table(["products of", "layer", "m x n x k", "ours us", "torch us", "torch / ours"], products, left=3),
+        "Ours has bias, activation and residual in it; torch's is the product alone, by cuBLAS on a GPU.",
+        *(f"Failed: {row['artifact']}: {row['message']}" for row in rows if not row["ok"]),
+    ]
+    return "\n\n".join(parts)

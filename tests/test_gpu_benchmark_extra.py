@@ -1,5 +1,5 @@
-"""benchmarks/gpu.py's parts beside the timed ones, on the CPU: kernels alone, many replays, and a compute-sanitizer that
-is a script."""
+"""The parts of benchmarks/gpu.py beside the timed ones, on the CPU: kernels alone, many replays, and a
+compute-sanitizer that is a script."""
 
 from __future__ import annotations
 

@@ -134,7 +134,19 @@ def test_every_part_on_a_cpu(kit: Path, tmp_path: Path) -> None:
     command("ours", *common, *small, "--model", "tiny", "--quantization", "q0f32", "--batch", "1,2")
     command("peers", *common, *small, "--model", "tiny", "--quantization", "q0f32", "--modes", "eager")
     printed = command(
-        "sizes", *common, *small, "--models", "tiny", "--quantization", "q0f32", "--modes", "", "--batch", "2"
+        "sizes",
+        *common,
+        *small,
+        "--models",
+        "tiny",
+        "--quantization",
+        "q0f32",
+        "--modes",
+        "",
+        "--then",
+        "",
+        "--batch",
+        "2",
     )
     rows = json.loads((results / "peers.json").read_text())["rows"]
     assert [row["engine"] for row in rows] == ["tiny-q0f32-full, plain", "torch eager"]

@@ -4,15 +4,18 @@ Here, with a compiler and perhaps no GPU:
 
     python benchmarks/gpu.py pack-kit --output gpu-kit.tar.xz
 
-There, with a GPU, torch and no network:
+There, with a GPU, torch, numpy and no network, from the folder with gpu-kit.tar.xz (which is unpacked beside
+itself; or `tar xf` it and run the gpu.py in it):
 
-    tar xf gpu-kit.tar.xz && cd gpu-kit
-    python gpu.py machine        copy bandwidth, launches, arithmetic
-    python gpu.py correctness    logits beside torch's, graphs beside plain launches
-    python gpu.py ours           each step of ours alone and together
-    python gpu.py peers          torch eager, by CUDA graph, compiled
-    python gpu.py sizes          every model, precision and batch of the kit
-    python gpu.py report         the tables; --figures FOLDER for the figures
+    python benchmarks/gpu.py machine        copy bandwidth, launches, arithmetic
+    python benchmarks/gpu.py correctness    logits beside torch's, graphs beside plain launches
+    python benchmarks/gpu.py ours           each step of ours alone and together
+    python benchmarks/gpu.py peers          torch eager, by CUDA graph, compiled
+    python benchmarks/gpu.py sizes          every model, precision and batch of the kit
+    python benchmarks/gpu.py kernels        the LM head beside the copy, each product of a prefill beside cuBLAS
+    python benchmarks/gpu.py replays        50,000 replays: memory, and the ids of plain launches
+    python benchmarks/gpu.py sanitizer      compute-sanitizer on the bundled model
+    python benchmarks/gpu.py report         the tables; --figures FOLDER for the figures
 
 A part that ran out of time goes on where it ended when it is called again.
 """
@@ -22,6 +25,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +37,8 @@ def _enter_kit() -> None:
     too, since they import this file."""
     sys.path.insert(0, str(HERE))
     if not (HERE / "kit.json").is_file():
+        if __name__ == "__main__" and not all(map(find_spec, ("typer", "tvm", "gpt2_tvm"))):
+            _hand_over()
         return
     made_for, python = json.loads((HERE / "kit.json").read_text())["python"], "{}.{}".format(*sys.version_info)
     if made_for != python:
@@ -42,6 +48,25 @@ def _enter_kit() -> None:
     sys.path.insert(0, str(HERE / "lib"))
 
 
+def _hand_over() -> None:
+    """On a bare Python: go on in the packed kit that --kit names, which brings what is missing here."""
+    from gpu_bench.unpacking import KitError, unpacked
+
+    given = [word.removeprefix("--kit=") for word in sys.argv[1:]]
+    kit = PACKED
+    for i, word in enumerate(sys.argv[1:]):
+        if word == "--kit" and i + 1 < len(given):
+            kit, given = Path(given[i + 1]), given[:i] + given[i + 2 :]
+        elif word.startswith("--kit="):
+            kit, given = Path(given[i]), given[:i] + given[i + 1 :]
+    try:
+        folder = unpacked(kit)
+    except KitError as error:
+        sys.exit(f"error: {error}")
+    os.execv(sys.executable, [sys.executable, str(folder / "gpu.py"), *given])
+
+
+PACKED = Path("gpu-kit.tar.xz")
 _enter_kit()
 
 import typer  # noqa: E402 - from the kit, if this is one
@@ -50,12 +75,13 @@ from gpt2_tvm import cli  # noqa: E402
 from gpt2_tvm.errors import UserError  # noqa: E402
 
 if TYPE_CHECKING:
+    from gpu_bench.crew import Clock
     from gpu_bench.runs import Entry
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 
 LIMIT_S = 450.0
-Kit = Annotated[Path, typer.Option(help="The kit's folder, or one with artifacts.")]
+Kit = Annotated[Path, typer.Option(help="The kit, packed or a folder, or a folder with artifacts.")]
 Results = Annotated[Path, typer.Option(help="Where the parts write their results.")]
 Model = Annotated[str, typer.Option(help="The model, as in the artifact's manifest.")]
 Quantization = Annotated[str, typer.Option(help="The precisions, a comma list.")]
@@ -64,8 +90,10 @@ Limit = Annotated[float, typer.Option(min=1, help="Seconds after which the part 
 Batch = Annotated[str, typer.Option(help="Sequences at a time, a comma list.")]
 Prompt = Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")]
 Generate = Annotated[str, typer.Option(help="Tokens to decode after it, a comma list.")]
+Modes = Annotated[str, typer.Option(help="Of torch, a comma list.")]
 Device = Annotated[str, typer.Option(help="cuda; cpu to try the parts out where there is no GPU.")]
-DEFAULT_KIT, DEFAULT_RESULTS = HERE, Path("gpu-results")
+DEFAULT_KIT = HERE if (HERE / "kit.json").is_file() else PACKED
+DEFAULT_RESULTS = Path("gpu-results")
 
 
 @app.command()
@@ -75,68 +103,47 @@ def machine(
     device: Device = "cuda",
     copy_mb: Annotated[int, typer.Option(min=1, help="10^6 bytes to copy.")] = 4000,
     edge: Annotated[int, typer.Option(min=1, help="Rows of the square matrices.")] = 8192,
+    limit: Limit = LIMIT_S,
 ) -> None:
     """Copy bandwidth, the time of an empty kernel in a graph and outside, matrix products."""
-    from gpu_bench.machine import measure
+    from gpu_bench.crew import alone
+    from gpu_bench.machine import measure, require_torch
     from gpu_bench.runs import save
 
-    save(results / "machine.json", measure(device, repeats, copy_mb * 10**6 // 4 * 4, edge))
+    require_torch(device)
+    measured, failed = alone("machine", limit, measure, device, repeats, copy_mb * 10**6 // 4 * 4, edge)
+    if failed:
+        raise UserError(failed["message"])
+    save(results / "machine.json", measured)
     _print(results)
 
 
 @app.command()
 def correctness(
-    kit: Kit = DEFAULT_KIT, results: Results = DEFAULT_RESULTS, limit: Limit = LIMIT_S, model: Model | None = None
+    kit: Kit = DEFAULT_KIT,
+    results: Results = DEFAULT_RESULTS,
+    limit: Limit = LIMIT_S,
+    model: Model | None = None,
+    each: Annotated[float, typer.Option(min=1, help="Seconds for one artifact.")] = 150.0,
 ) -> None:
     """Logits of every artifact against torch in float32; ids of the graphs against plain launches."""
-    import time
-
-    from gpu_bench.correctness import check, code_of
+    from gpu_bench.correctness import check_all
+    from gpu_bench.crew import Clock
     from gpu_bench.machine import require_torch
-    from gpu_bench.runs import find_artifacts, read, save
-    from gpu_bench.weights import fill
 
     require_torch("cpu")
-    file = results / "correctness.json"
-    rows: list[dict[str, Any]] = [row for row in (read(file) or {}).get("rows", ()) if row["ok"]]
-    done = {(row["artifact"], row["code"]) for row in rows}  # what was wrong is tried again
-    start, longest = time.monotonic(), 0.0
-    left: list[str] = []
-    for path in find_artifacts(kit, model):
-        code = code_of(path)
-        if (path.name, code) in done:
-            continue
-        rows = [row for row in rows if row["artifact"] != path.name]  # of another build
-        begun = time.monotonic()
-        if begun - start + longest > limit:
-            left.append(path.name)
-            continue
-        print(path.name, file=sys.stderr, flush=True)
-        fill(path)
-        try:
-            rows.append({**check(path, None), "code": code})
-        except UserError as error:
-            rows.append(
-                {**dict.fromkeys(("error", "largest", "share", "allowed"), float("nan")), "same_ids": None}
-                | {"artifact": path.name, "code": code, "refused": str(error), "ok": False}
-            )
-        longest = max(longest, time.monotonic() - begun)
-        save(file, {"rows": rows, "complete": False})
-    save(file, {"rows": rows, "complete": not left and all(row["ok"] for row in rows)})
+    found = check_all(kit, results, model, Clock(limit), each)
     _print(results)
-    wrong = [row["artifact"] for row in rows if not row["ok"]]
-    if wrong or left:
-        raise UserError(
-            "; ".join(
-                filter(
-                    None,
-                    (
-                        wrong and f"wrong: {', '.join(wrong)}",
-                        left and f"no time for: {', '.join(left)}; the same command goes on from here",
-                    ),
-                )
-            )
-        )
+    wrong = [
+        f"{row['artifact']} ({row.get('failure') or 'wrong'}: {row.get('message') or row.get('refused') or 'numbers'})"
+        for row in found["rows"]
+        if not row["ok"]
+    ]
+    lines = [f"failed: {', '.join(wrong)}"] if wrong else []
+    if found["left"]:
+        lines.append(f"no time for: {', '.join(found['left'])}; the same command goes on from here")
+    if lines:
+        raise UserError("; ".join(lines))
 
 
 @app.command()
@@ -155,8 +162,8 @@ def ours(
     """One model with stock rules, with each step alone and with all, launched one by one and as a graph."""
     from gpu_bench.runs import ablation, find_artifacts
 
-    entries = [e for q in quantization.split(",") for e in ablation(find_artifacts(kit, model, q))]
-    _run("ours", entries, batch, prompt_tokens, generate, repeats, limit, device, results)
+    groups = [ablation(find_artifacts(kit, model, q)) for q in quantization.split(",")]
+    _run("ours", groups, batch, prompt_tokens, generate, repeats, limit, device, results)
 
 
 @app.command()
@@ -164,13 +171,11 @@ def peers(
     kit: Kit = DEFAULT_KIT,
     results: Results = DEFAULT_RESULTS,
     model: Model = "gpt2",
-    quantization: Quantization = "q0f16",
-    modes: Annotated[
-        str, typer.Option(help="Of torch, a comma list.")
-    ] = "eager,cuda-graph,reduce-overhead,max-autotune",
+    quantization: Quantization = "q0f16,q0f32",
+    modes: Modes = "cuda-graph,reduce-overhead,max-autotune,eager",
     batch: Batch = "1",
     prompt_tokens: Prompt = 322,
-    generate: Generate = "64",
+    generate: Generate = "64,512",
     repeats: Repeats = 7,
     limit: Limit = LIMIT_S,
     device: Device = "cuda",
@@ -180,8 +185,8 @@ def peers(
     from gpu_bench.runs import beside_torch
 
     require_torch(device)
-    entries = [e for q in quantization.split(",") for e in beside_torch(_full(kit, model, q), modes.split(","))]
-    _run("peers", entries, batch, prompt_tokens, generate, repeats, limit, device, results)
+    groups = [beside_torch(_full(kit, model, q), modes.split(",")) for q in quantization.split(",")]
+    _run("peers", groups, batch, prompt_tokens, generate, repeats, limit, device, results)
 
 
 @app.command()
@@ -190,7 +195,10 @@ def sizes(
     results: Results = DEFAULT_RESULTS,
     models: Annotated[str, typer.Option(help="A comma list.")] = "gpt2,gpt2-medium,gpt2-large,gpt2-xl",
     quantization: Quantization = "q0f16,q0f32",
-    modes: Annotated[str, typer.Option(help="Of torch, a comma list; '' for none.")] = "cuda-graph",
+    modes: Annotated[str, typer.Option(help="Of torch, beside ours at every size first; '' for none.")] = "cuda-graph",
+    then: Annotated[
+        str, typer.Option(help="Of torch, in a second pass over every size, as time allows; '' for none.")
+    ] = "reduce-overhead,max-autotune,eager",
     batch: Batch = "1,4,12,64",
     prompt_tokens: Prompt = 322,
     generate: Generate = "64,512",
@@ -198,21 +206,78 @@ def sizes(
     limit: Limit = LIMIT_S,
     device: Device = "cuda",
 ) -> None:
-    """Every model, precision, batch and length: ours at its best beside torch's CUDA graph."""
-    import time
+    """Every model, precision, batch and length: ours at its best beside torch."""
+    from gpu_bench.crew import Clock
+    from gpu_bench.runs import sizes_parts
 
-    from gpu_bench.runs import beside_torch
-
-    end = time.monotonic() + limit
-    chosen = [mode for mode in modes.split(",") if mode]
-    for model in models.split(","):
-        for q in quantization.split(","):
-            entries = beside_torch(_full(kit, model, q), chosen)
-            part = f"sizes-{model}-{q}"
-            left = end - time.monotonic()
-            if left > 0:
-                _run(part, entries, batch, prompt_tokens, generate, repeats, left, device, results, quiet=True)
+    failed, incomplete = [], []
+    clock = Clock(limit)
+    for part, model, q, chosen in sizes_parts(models, quantization, modes, then):
+        try:
+            result = _measure(
+                part, [_entries(kit, model, q, chosen)], batch, prompt_tokens, generate, repeats, clock, device, results
+            )
+            failed += [f"{model} {q}: {row['message']}" for row in result["failures"]]
+            incomplete += [] if result["complete"] else [f"{model} {q}"]
+        except UserError as error:  # the others go on
+            failed.append(f"{model} {q}: {error}")
     _print(results)
+    if failed:
+        raise UserError("; ".join(dict.fromkeys(failed)))
+    if incomplete:
+        print(f"not complete: {', '.join(dict.fromkeys(incomplete))}; the same command goes on", file=sys.stderr)
+
+
+@app.command()
+def kernels(
+    kit: Kit = DEFAULT_KIT,
+    results: Results = DEFAULT_RESULTS,
+    model: Model = "gpt2",
+    quantization: Quantization = "q0f16,q0f32",
+    prompt_tokens: Prompt = 322,
+    repeats: Repeats = 20,
+    limit: Limit = LIMIT_S,
+    device: Device = "cuda",
+) -> None:
+    """The LM head beside the copy bandwidth, and each product of a prefill beside torch's (cuBLAS)."""
+    from gpu_bench.extra import kernels_part
+    from gpu_bench.machine import require_torch
+
+    require_torch(device)
+    paths = [_full(kit, model, q) for q in quantization.split(",")]
+    _finish(results, kernels_part(paths, prompt_tokens, repeats, device, limit, results))
+
+
+@app.command()
+def replays(
+    kit: Kit = DEFAULT_KIT,
+    results: Results = DEFAULT_RESULTS,
+    model: Model = "gpt2",
+    quantization: Quantization = "q0f16",
+    count: Annotated[int, typer.Option(min=1, help="Tokens to decode by graph.")] = 50_000,
+    limit: Limit = LIMIT_S,
+    device: Device = "cuda",
+) -> None:
+    """Many replays of the decode graph: memory must not grow, and the ids must be those of plain launches."""
+    from gpu_bench.extra import replays_part
+
+    paths = [_full(kit, model, q) for q in quantization.split(",")]
+    _finish(results, replays_part(paths, count, device, limit, results))
+
+
+@app.command()
+def sanitizer(
+    kit: Kit = DEFAULT_KIT,
+    results: Results = DEFAULT_RESULTS,
+    model: Model = "bundled",
+    tool: Annotated[str, typer.Option(help="Of compute-sanitizer, a comma list.")] = "memcheck,racecheck",
+    limit: Limit = LIMIT_S,
+) -> None:
+    """compute-sanitizer on a small model, where it is on PATH."""
+    from gpu_bench.extra import sanitizer_part
+    from gpu_bench.runs import find_artifacts
+
+    _finish(results, sanitizer_part(find_artifacts(kit, model), tool.split(","), limit, results))
 
 
 @app.command()
@@ -245,7 +310,7 @@ def pack_kit(
     ablated: Annotated[str, typer.Option(help="The model for the part `ours`; '' for none.")] = "gpt2",
     bundled: Annotated[bool, typer.Option(help="Also the bundled trained model, with weights.")] = True,
     wheels: Annotated[
-        Path | None, typer.Option(help="Wheels of apache-tvm and apache-tvm-ffi for the machine's Python.")
+        Path | None, typer.Option(help="Wheels of apache-tvm, apache-tvm-ffi and ml_dtypes for the machine's Python.")
     ] = None,
 ) -> None:
     """Compile for a GPU that is not here, and bundle what runs it. Half a minute to two for each artifact."""
@@ -267,7 +332,7 @@ def pack_kit(
             say,
         )
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
-    print(f"  there  tar xf {output.name} && cd {output.name.removesuffix('.tar.xz')} && python gpu.py machine")
+    print(f"  there  python benchmarks/gpu.py machine, beside it; or tar xf {output.name} and run the gpu.py in it")
 
 
 def _full(kit: Path, model: str, quantization: str) -> Path:
@@ -283,9 +348,34 @@ def _full(kit: Path, model: str, quantization: str) -> Path:
     return full[0]
 
 
+def _entries(kit: Path, model: str, quantization: str, modes: list[str]) -> list[Entry]:
+    from gpu_bench.runs import beside_torch
+
+    return beside_torch(_full(kit, model, quantization), modes)
+
+
+def _measure(
+    part: str,
+    groups: list[list[Entry]],
+    batch: str,
+    prompt_tokens: int,
+    generate: str,
+    repeats: int,
+    clock: Clock,
+    device: str,
+    results: Path,
+) -> dict[str, Any]:
+    from gpu_bench.runs import run_part
+
+    from gpt2_tvm.measure.cases import cross, parse_sizes
+
+    cases = cross(parse_sizes("--batch", batch), (prompt_tokens,), parse_sizes("--generate", generate))
+    return run_part(part, groups, cases, repeats, clock, device, results)
+
+
 def _run(
     part: str,
-    entries: list[Entry],
+    groups: list[list[Entry]],
     batch: str,
     prompt_tokens: int,
     generate: str,
@@ -293,24 +383,27 @@ def _run(
     limit: float,
     device: str,
     results: Path,
-    quiet: bool = False,
 ) -> None:
-    import time
+    from gpu_bench.crew import Clock
 
-    from gpu_bench.runs import run_part
-    from gpu_bench.weights import fill
-
-    from gpt2_tvm.measure.cases import cross, parse_sizes
-
-    end = time.monotonic() + limit  # weights are made within it
-    cases = cross(parse_sizes("--batch", batch), (prompt_tokens,), parse_sizes("--generate", generate))
-    for path in dict.fromkeys(entry.path for entry in entries):
-        fill(path, lambda what: print(what, file=sys.stderr, flush=True))
-    result = run_part(part, entries, cases, repeats, max(0.0, end - time.monotonic()), device, results)
-    if not quiet:
+    found = _measure(part, groups, batch, prompt_tokens, generate, repeats, Clock(limit), device, results)
+    if found["rows"]:
         _print(results)
-    if not result["rows"]:
-        raise UserError("; ".join(result["failures"]) or f"{part}: nothing was measured within {limit:.0f} s")
+    _check(part, found, limit)
+
+
+def _check(part: str, found: dict[str, Any], limit: float) -> None:
+    """Status 1 where something failed, or nothing was measured."""
+    if found["failures"]:
+        raise UserError("; ".join(dict.fromkeys(row["message"] for row in found["failures"])))
+    if not found["rows"]:
+        raise UserError(f"{part}: nothing was measured within {limit:.0f} s")
+
+
+def _finish(results: Path, failures: list[str]) -> None:
+    _print(results)
+    if failures:
+        raise UserError("; ".join(failures))
 
 
 def _print(results: Path) -> None:

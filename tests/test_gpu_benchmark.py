@@ -4,9 +4,9 @@ and the kit, packed here and run from its own folder."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,34 @@ def kit(model: Path) -> Path:
     return folder
 
 
-def command(*arguments: str | Path, script: Path = BENCHMARKS / "gpu.py", fails: bool = False) -> str:
-    done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+# What a GPU machine with Python, numpy and torch has not; typer and TVM it has once a kit's lib/ is on the path.
+BARE = """import importlib.machinery, sys
+GONE = ("tokenizers", "transformers", "psutil", "safetensors", "matplotlib", "huggingface_hub", "rich", "click")
+def find_spec(name, path=None, target=None, find=importlib.machinery.PathFinder.find_spec):
+    brought = any(folder.endswith("/lib") for folder in sys.path)
+    top = name.partition(".")[0]
+    return None if top in GONE[:6] or (top in ("typer", "tvm", *GONE) and not brought) else find(name, path, target)
+importlib.machinery.PathFinder.find_spec = find_spec
+"""
+
+
+def command(
+    *arguments: str | Path,
+    script: Path = BENCHMARKS / "gpu.py",
+    fails: bool = False,
+    bare: Path | None = None,
+    cwd: Path | None = None,
+) -> str:
+    """Run it. bare: a folder with a sitecustomize.py that takes packages away."""
+    environment = {**os.environ, **({"PYTHONPATH": str(bare)} if bare is not None else {})}
+    done = subprocess.run(
+        [sys.executable, script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        cwd=cwd,
+    )
     assert bool(done.returncode) == fails, done.stderr[-2000:]
     return done.stderr if fails else done.stdout
 
@@ -108,7 +134,19 @@ def test_every_part_on_a_cpu(kit: Path, tmp_path: Path) -> None:
     command("ours", *common, *small, "--model", "tiny", "--quantization", "q0f32", "--batch", "1,2")
     command("peers", *common, *small, "--model", "tiny", "--quantization", "q0f32", "--modes", "eager")
     printed = command(
-        "sizes", *common, *small, "--models", "tiny", "--quantization", "q0f32", "--modes", "", "--batch", "2"
+        "sizes",
+        *common,
+        *small,
+        "--models",
+        "tiny",
+        "--quantization",
+        "q0f32",
+        "--modes",
+        "",
+        "--then",
+        "",
+        "--batch",
+        "2",
     )
     rows = json.loads((results / "peers.json").read_text())["rows"]
     assert [row["engine"] for row in rows] == ["tiny-q0f32-full, plain", "torch eager"]
@@ -121,51 +159,6 @@ def test_every_part_on_a_cpu(kit: Path, tmp_path: Path) -> None:
     command("report", "--results", results, "--figures", figures, "--output", tmp_path / "report.md")
     assert sorted(p.name for p in figures.iterdir()) == ["gpu-ours.png", "gpu-peers.png", "gpu-sizes.png"]
     assert (tmp_path / "report.md").read_text() == printed
-
-
-def test_a_part_goes_on_where_it_ended(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gpu_bench import runs
-
-    (path,) = runs.find_artifacts(kit)
-    entries, cases = runs.ablation([path]), [Case(1, 6, 5), Case(2, 6, 5)]
-    first = runs.run_part("ours", entries, cases[:1], 2, 60, "cpu", tmp_path)
-    both = runs.run_part("ours", entries, cases, 2, 60, "cpu", tmp_path)
-    assert both["complete"] and both["rows"][0] == first["rows"][0] and len(both["rows"]) == 2
-    monkeypatch.setattr(runs, "Worker", None)  # nothing is left to start
-    assert runs.run_part("ours", entries, cases, 2, 60, "cpu", tmp_path)["rows"] == both["rows"]
-
-
-def test_correctness_goes_on_where_it_ended(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import gpu
-    from gpu_bench import correctness
-
-    seen: list[str] = []
-
-    def checked(path: Path, device: str | None) -> dict[str, Any]:
-        seen.append(path.name)
-        numbers = dict.fromkeys(("error", "largest", "share", "allowed"), 0.0)
-        return {**numbers, "artifact": path.name, "same_ids": None, "refused": "", "ok": len(seen) > 1}
-
-    monkeypatch.setattr(correctness, "check", checked)
-    with pytest.raises(UserError, match="wrong: tiny-q0f32-full"):
-        gpu.correctness(kit, tmp_path, 60.0, None)
-    with pytest.raises(UserError, match="no time for: tiny-q0f32-full; the same command goes on"):
-        gpu.correctness(kit, tmp_path, -1.0, None)
-    assert len(seen) == 1
-    gpu.correctness(kit, tmp_path, 60.0, None)  # what was wrong is tried again
-    gpu.correctness(kit, tmp_path, 60.0, None)
-    assert len(seen) == 2
-    monkeypatch.setattr(correctness, "code_of", lambda path: "another build")
-    gpu.correctness(kit, tmp_path, 60.0, None)
-    assert len(seen) == 3 and len(json.loads((tmp_path / "correctness.json").read_text())["rows"]) == 1
-
-
-def test_a_part_ends_in_time_whatever_its_children_do(kit: Path, tmp_path: Path) -> None:
-    from gpu_bench import runs
-
-    (path,) = runs.find_artifacts(kit)
-    result = runs.run_part("ours", runs.ablation([path]), [Case(1, 6, 5)], 10**6, 4, "cpu", tmp_path)
-    assert not result["complete"]
 
 
 def test_what_cannot_be_run_is_said_in_a_line(kit: Path, tmp_path: Path) -> None:
@@ -216,7 +209,8 @@ def test_the_report_of_planted_records(tmp_path: Path) -> None:
         engine="torch eager", kind="torch", how="eager", decode_tok_s=900.0, floor_share=0.05, same_ids=60
     )
     torch_row |= {"launches_a_token": 140, "kernels_a_token": 140}
-    result = {"complete": False, "failures": ["torch max-autotune: planted"], "date": "2026-01-02"}
+    failure = planted(engine="torch max-autotune", failure="timeout", message="planted")
+    result = {"complete": False, "failures": [failure], "date": "2026-01-02"}
     (tmp_path / "peers.json").write_text(json.dumps({**result, "rows": [torch_row, planted()]}))
     for batch in (1, 4):
         rows = [planted(batch=batch), planted(batch=batch, generate_tokens=512, kind="torch")]
@@ -226,7 +220,10 @@ def test_the_report_of_planted_records(tmp_path: Path) -> None:
     lines = [line for line in peers.splitlines() if line.startswith("| gpt2 q0f16")]
     assert ["graph" in lines[0], "torch eager" in lines[1]] == [True, True]  # the fastest first
     assert "50%" in lines[0] and "| 1 |" in " ".join(lines[0].split()) and "60 of 64" in lines[1]
-    assert "Failed: torch max-autotune: planted" in peers and "the same command goes on" in peers
+    assert (
+        "Failed (timeout): torch max-autotune of gpt2-q0f16-full, 1 x 322 + 64: planted" in peers
+        and "the same command goes on" in peers
+    )
     assert sizes.count("| gpt2 q0f16") == 4
     made = draw(tmp_path, tmp_path / "figures")
     assert [path.name for path in made] == ["gpu-peers.png", "gpu-sizes.png"]
@@ -240,9 +237,7 @@ def test_every_step_of_ours_has_an_artifact() -> None:
     from gpu_bench.kit import VARIANTS, jobs_of
 
     def named(target: str, q: str) -> list[str]:
-        return [
-            f"{model} {variant}" for model, _, variant, _ in jobs_of(["gpt2", "gpt2-xl"], [q], target, "gpt2", True)
-        ]
+        return [f"{model} {variant}" for model, _, variant in jobs_of(["gpt2", "gpt2-xl"], [q], target, "gpt2", True)]
 
     every = [f"gpt2 {variant}" for variant in VARIANTS]
     assert "gpt2 persistent" in every
@@ -250,24 +245,51 @@ def test_every_step_of_ours_has_an_artifact() -> None:
     assert named("h200", "q0f32") == [n for n in named("h200", "q0f16") if n != "gpt2 tensor"]
     for without in (named("h200", "q8f16"), named("t4", "q0f16")):  # the kernel of a whole step declines both
         assert not any("persistent" in name for name in without) and "bundled full" in without
-    rules = {variant: rules for _, _, variant, rules in jobs_of(["gpt2"], ["q0f16"], "h200", "gpt2", False)}
-    assert rules["persistent"] == "with-persistent"
+    assert VARIANTS["persistent"][0] == "with-persistent"
+
+
+def test_each_variant_is_one_step_away_from_none() -> None:
+    from gpu_bench.kit import VARIANTS
+
+    from gpt2_tvm.schedules.registry import rule_set
+    from targets import load_target
+
+    target = load_target("h200")
+    rules = {name: set(rule_set(text, target)) for name, (text, _) in VARIANTS.items()}
+    steps = {
+        name: rules[name] - rules["stock"] | ({"flash"} if VARIANTS[name][1] == "flash" else set()) for name in VARIANTS
+    }
+    assert all(rules["stock"] <= found for found in rules.values())
+    alone = {"attention": "flash", "wide": "wide-gemv", "norm": "norm-gemv", "tensor": "tensor-matmul"}
+    assert not steps["stock"] and {name: steps[name] for name in alone} == {name: {s} for name, s in alone.items()}
+    assert set(alone.values()) <= steps["full"] and steps["persistent"] == steps["full"] | {"persistent"}
 
 
 @pytest.mark.heavy
 def test_a_kit_runs_from_its_own_folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code without weights travels; the machine makes them, and its numbers are those of the same seed here."""
+    """Code without weights travels; the machine makes them, and its numbers are those of the same seed here. There
+    are neither tokenizers nor anything else that is here beside numpy and torch."""
     from gpu_bench import kit as kits
+    from gpu_bench.unpacking import unpacked
 
     output = tmp_path / "kit.tar.xz"
-    kits.build(output, [str(model)], ["q0f32"], "cpu", (1,), None, False, None, lambda what, share: None)
-    with tarfile.open(output) as archive:
-        archive.extractall(tmp_path / "there", filter="data")
-    there = tmp_path / "there" / "kit"
-    (path,) = (there / "artifacts").iterdir()
+    kits.build(output, [str(model)], ["q0f32"], "cpu", (1,), None, True, None, lambda what, share: None)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "sitecustomize.py").write_text(BARE)
+    there = unpacked(output)
+    assert unpacked(output) == there and there.parent == output.parent and there.name.startswith("kit-")
+    path, trained = sorted((there / "artifacts").iterdir(), key=lambda p: "bundled" in p.name)
+    assert (trained / "tokenizer").is_dir()
     assert not (path / "params").exists() and not list(there.rglob("libtvm_compiler*"))
-    printed = command("correctness", "--results", tmp_path / "results", script=there / "gpu.py")
-    assert " ok " in printed
+    printed = command("correctness", "--results", tmp_path / "results", script=there / "gpu.py", bare=bare)
+    assert printed.count(" ok ") == 2
+    small = ("--results", tmp_path / "results", "--model", "tiny", "--quantization", "q0f32", "--device", "cpu")
+    assert "LM head of" in command("kernels", *small, "--repeats", 2, script=there / "gpu.py", bare=bare)
+    assert "stretches" in command("replays", *small, "--count", 100, script=there / "gpu.py", bare=bare)
+    # outside of it there is no typer and no TVM either: the benchmark goes on in the packed kit
+    printed = command("report", "--kit", output, "--results", tmp_path / "results", bare=bare)
+    assert "Replays of the decode graph" in printed
     manifest = read_manifest(path)
     assert manifest["random_weights"] and (path / "params").is_symlink()
     seeded = write_hf_checkpoint(tmp_path / "seeded", CONFIG, random_model(CONFIG, seed=manifest["seed"]))
@@ -289,6 +311,7 @@ def test_wheels_of_another_python(tmp_path: Path) -> None:
             ("tvm/__init__.py", "tvm/lib/libtvm_compiler.so", "tvm/lib/libtvm_runtime.so"),
         ),
         ("apache_tvm_ffi-0.1.14", "cp312-cp312", ("tvm_ffi/core.abi3.so", "tvm_ffi/include/a.h")),
+        ("ml_dtypes-0.5.3", "cp312-cp312", ("ml_dtypes/__init__.py",)),
     ):
         with zipfile.ZipFile(tmp_path / f"{name}-{tag}-linux_x86_64.whl", "w") as wheel:
             for file in inside:

@@ -3,77 +3,189 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpt2_tvm.artifact import open_artifact, read_manifest
+from gpt2_tvm.artifact import Artifact, open_artifact, read_manifest
 from gpt2_tvm.measure.cases import Case
 from gpt2_tvm.measure.subjects import prompt_of
+from gpu_bench.crew import Clock, OutOfTimeError, alone
+from gpu_bench.runs import find_artifacts, machine_key, read, save, sources
+from gpu_bench.weights import fill, has_weights
 
-# Of the largest logit. The reference has the stored weights and computes in float32.
+# Of a logit, in float32 and float16; see `within`.
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
-PROMPT, STEPS, GREEDY = 64, 8, 64
+PROMPTS, STEPS, GREEDY = (64, 322), 8, 64
+EACH_S = 150.0  # for one artifact
+
+
+def within(error: float, largest: float, allowed: float) -> bool:
+    """Whether logits that are `error` off, of which the largest is `largest`, are right.
+
+    The bound is absolute, 2e-2 in float16 and 1e-3 in float32, as long as logits are of the size of 1. Trained GPT-2s
+    have logits of -30 to -130, and there one last place of a float16 alone is 0.03 to 0.06: the bound then grows with
+    the largest logit. Both the error and its share of the largest logit are in the row. What is not a number fails.
+    """
+    return bool(np.isfinite(error) and np.isfinite(largest) and error <= allowed * max(1.0, largest))
 
 
 def code_of(path: Path) -> str:
-    """What tells an artifact's code from that of another build."""
+    """What tells an artifact's code from that of another build, and this check from another one."""
     library = read_manifest(path)["library"]
-    return hashlib.sha256((path / library).read_bytes()).hexdigest()[:16]
+    return hashlib.sha256((path / library).read_bytes() + sources().encode()).hexdigest()[:16]
+
+
+def check_all(kit: Path, results: Path, model: str | None, clock: Clock, each_s: float) -> dict[str, Any]:
+    """Check every artifact of the kit, each in a process of its own and within `each_s` -> the result, which
+    correctness.json has after each.
+
+    A row that failed says how ("failure": timeout, crash or error; "" for a wrong number) and the others go on. What
+    was right is not checked again; what failed is, after all that was not looked at yet.
+    """
+    file = results / "correctness.json"
+    device = machine_key("cuda")
+    rows = {row["artifact"]: row for row in (read(file) or {}).get("rows", ())}
+    paths = find_artifacts(kit, model)
+    codes = {path.name: code_of(path) for path in paths}
+
+    def current(path: Path) -> bool:
+        row = rows.get(path.name, {})
+        return row.get("code") == codes[path.name] and row.get("machine") == device
+
+    todo = [p for p in paths if not current(p)] + [p for p in paths if current(p) and not rows[p.name]["ok"]]
+    left = [path.name for path in todo]
+    for path in paths:
+        if not current(path):
+            rows.pop(path.name, None)  # of another build
+
+    def result(complete: bool) -> dict[str, Any]:
+        return {"rows": list(rows.values()), "complete": complete, "left": list(left)}
+
+    try:
+        for path in todo:
+            clock.begin(path.name)
+            about = {"artifact": path.name, "code": codes[path.name], "machine": device}
+            failed: dict[str, str] = {}
+            if not has_weights(path):
+                _, failed = alone(f"weights of {path.name}", max(1.0, clock.left), fill, path)
+            if not failed:
+                found, failed = alone(path.name, max(1.0, min(each_s, clock.left)), check, path, None)
+            rows[path.name] = {**(failure_row() | failed if failed else found), **about}
+            left.remove(path.name)
+            save(file, result(False))
+    except OutOfTimeError:
+        pass
+    every = result(not left and all(row["ok"] for row in rows.values()))
+    save(file, every)
+    return every
+
+
+def failure_row() -> dict[str, Any]:
+    """What a row has where there are no numbers."""
+    numbers = dict.fromkeys(("error", "largest", "share", "allowed"))
+    return {**numbers, "same_ids": None, "refused": "", "sizes": [], "ok": False}
 
 
 def check(path: Path, device: str | None) -> dict[str, Any]:
-    """One artifact: prefill and `STEPS` decode steps on torch's tokens, then `GREEDY` tokens with graphs and without.
+    """One artifact: for every batch it was compiled for, and prompts of 64 and 322 tokens (or what the context holds),
+    prefill and `STEPS` decode steps on torch's tokens; each sequence has a prompt of its own. Then `GREEDY` tokens with
+    graphs and without.
 
     Returns `error`, the largest difference of a logit, and `largest`, the largest logit; `share`, one over the other,
-    and `allowed`; `same_ids`, whether the graphed ids are the plain ones (None without graphs); `ok`.
+    and `allowed`; `sizes`, these for each size; `same_ids`, whether the graphed ids are the plain ones (None without
+    graphs); `ok`.
     """
     import torch
 
     from gpt2_tvm.engine import Engine
-    from gpu_bench.torch_gpt2 import TorchGPT2
 
     artifact = open_artifact(path)
-    where = "cuda" if artifact.kind == "cuda" else "cpu"
-    greedy = min(GREEDY, (artifact.max_seq_len - STEPS) // 2)
-    length = min(PROMPT, artifact.max_seq_len - STEPS - greedy)
-    ids = prompt_of(artifact, Case(1, length, greedy))
     torch.backends.cuda.matmul.allow_tf32 = False
     engine = Engine(path, device, verify=False)
+    allowed = TOLERANCE[artifact.manifest["compute_dtype"]]
+    sizes = []
+    for case in cases_of(artifact):
+        error, largest = compare(engine, artifact, case)
+        sizes.append({"batch": case.batch, "prompt_tokens": case.prompt_tokens, "error": error, "largest": largest})
+    worst = max(sizes, key=lambda s: s["error"] / s["largest"] if np.isfinite(s["error"]) else np.inf)
+    same, refused = same_ids(engine, artifact)
+    finite = np.isfinite(worst["error"])
+    return {
+        "device": engine.runner.device_name,
+        "dtype": artifact.manifest["compute_dtype"],
+        # JSON has no NaN
+        "error": max(s["error"] for s in sizes) if finite else None,
+        "largest": worst["largest"],
+        "share": worst["error"] / worst["largest"] if finite else None,
+        "allowed": allowed,
+        "sizes": [{**s, "error": s["error"] if np.isfinite(s["error"]) else None} for s in sizes],
+        "same_ids": same,
+        "refused": refused,
+        "failure": "",
+        "message": "" if finite else "logits that are not numbers",
+        "ok": all(within(s["error"], s["largest"], allowed) for s in sizes) and same is not False and not refused,
+    }
+
+
+def cases_of(artifact: Artifact) -> Iterator[Case]:
+    """The sizes to check: the least work first, so that a fault shows early."""
+    most = artifact.max_seq_len - STEPS
+    for batch in sorted(artifact.batch_sizes):
+        for length in dict.fromkeys(min(n, most) for n in PROMPTS):
+            yield Case(batch, length, STEPS)
+
+
+def prompts_of(artifact: Artifact, case: Case) -> np.ndarray:
+    """The benchmark's prompt, begun elsewhere in each sequence: what mixes sequences up shows."""
+    ids = prompt_of(artifact, case)
+    return np.stack([np.roll(row, -7 * b) for b, row in enumerate(ids)])
+
+
+def compare(engine: Any, artifact: Artifact, case: Case) -> tuple[float, float]:
+    """(largest difference of a logit, largest logit); not a number where one of ours is none."""
+    import torch
+
+    from gpu_bench.torch_gpt2 import TorchGPT2
+
+    where = "cuda" if artifact.kind == "cuda" else "cpu"
+    ids = prompts_of(artifact, case)
     error = largest = 0.0
+    engine.reset()
     with torch.inference_mode():
-        model = TorchGPT2.load(artifact, 1, length + STEPS, torch.float32, where)
-        token, mine = torch.from_numpy(ids).long().to(where), engine.prefill(ids)
-        places = torch.arange(length + STEPS, device=where)
+        model = TorchGPT2.load(artifact, case.batch, case.prompt_tokens + STEPS, torch.float32, where)
+        places = torch.arange(case.prompt_tokens + STEPS, device=where)
+        mine = engine.prefill(ids)
+        wanted = model.prefill(torch.from_numpy(ids).long().to(where), places[: case.prompt_tokens]).float()
         for step in range(STEPS + 1):
-            at = places[:length] if step == 0 else places[length + step - 1 : length + step]
-            wanted = model(token, at).float()
+            if not (np.isfinite(mine).all() and bool(wanted.isfinite().all())):  # max(0, nan) is 0
+                return float("nan"), max(largest, 1.0)
             error = max(error, float(np.abs(mine - wanted.cpu().numpy()).max()))
             largest = max(largest, float(wanted.abs().max()))
             if step < STEPS:
                 token = wanted.argmax(-1, keepdim=True)
                 mine = engine.decode(token.cpu().numpy())
+                at = case.prompt_tokens + step
+                wanted = model(token, places[at : at + 1]).float()
+    return error, largest
+
+
+def same_ids(engine: Any, artifact: Artifact) -> tuple[bool | None, str]:
+    """(whether graphs give the ids of plain launches at every batch, None without graphs; why CUDA refused)."""
     graphs = getattr(engine.runner, "graphs", None)
-    seen, refused = [], ""
-    for enabled in (False, True) if graphs is not None else ():
-        graphs.enabled = enabled
-        engine.reset()
-        engine.prefill(ids)
-        seen.append(engine.decode_greedy(greedy).tolist())
-        refused = graphs.refused
-    allowed = TOLERANCE[artifact.manifest["compute_dtype"]]
-    same = seen[0] == seen[1] if seen else None
-    return {
-        "artifact": path.name,
-        "device": engine.runner.device_name,
-        "dtype": artifact.manifest["compute_dtype"],
-        "error": error,
-        "largest": largest,
-        "share": error / largest,
-        "allowed": allowed,
-        "same_ids": same,
-        "refused": refused,
-        # not "<": NaN must fail
-        "ok": bool(error / largest <= allowed and same is not False and not refused),
-    }
+    if graphs is None:
+        return None, ""
+    same = True
+    for batch in sorted(artifact.batch_sizes):
+        greedy = min(GREEDY, artifact.max_seq_len // 2)
+        ids = prompts_of(artifact, Case(batch, min(PROMPTS[0], artifact.max_seq_len - greedy), greedy))
+        seen = []
+        for enabled in (False, True):
+            graphs.enabled = enabled
+            engine.reset()
+            engine.prefill(ids)
+            seen.append(engine.decode_greedy(greedy).tolist())
+        same = same and seen[0] == seen[1]
+    return same, str(graphs.refused)

@@ -7,7 +7,7 @@
         kit.json               the Python it is for
 
 The weights of GPT-2's sizes are seeded random numbers, which the machine makes for itself (`fill`): gigabytes need not
-travel. numpy, ml_dtypes and torch must be there.
+travel. numpy and torch must be there.
 """
 
 from __future__ import annotations
@@ -33,14 +33,17 @@ from targets import load_target, specialise
 
 HERE = Path(__file__).resolve().parent
 COMMAND_LINE = ("typer", "click", "rich", "pygments", "markdown_it", "mdurl", "shellingham", "annotated_doc")
-# Of one model, each step alone and all together; the rest of the steps (graphs) is switched when they run.
+STOCK = "matmul,gemv,reduction,general-reduction"
+# Of one model, (rules, attention): none of our steps, each of them alone, the last two together with what they need.
+# One graph a token is a step too: every variant is launched both ways when it runs, so `stock` as a graph is it alone.
 VARIANTS = {
-    "stock": "stock",
-    "wide": "wide-gemv,matmul,gemv,reduction,general-reduction",
-    "tensor": "tensor-matmul,matmul,gemv,reduction,general-reduction",
-    "fused": "without-wide-gemv",
-    "persistent": "with-persistent",
-    "full": "full",
+    "stock": ("stock", "materialized"),
+    "attention": ("stock", "flash"),
+    "wide": (f"wide-gemv,{STOCK}", "materialized"),
+    "norm": (f"norm-gemv,{STOCK}", "materialized"),
+    "tensor": (f"tensor-matmul,{STOCK}", "materialized"),
+    "persistent": ("with-persistent", "flash"),
+    "full": ("full", "flash"),
 }
 Say = Callable[[str, float], None]
 
@@ -62,7 +65,7 @@ def build(
         output: a .tar.xz.
         ablated: the model that also comes in every one of `VARIANTS`, or None.
         bundled: also the bundled trained model, with its weights: for `correctness`.
-        wheels: a folder with wheels of apache-tvm and apache-tvm-ffi (and ml_dtypes) for the machine's Python; None
+        wheels: a folder with wheels of apache-tvm, apache-tvm-ffi and ml_dtypes for the machine's Python; None
             takes this Python's own.
         say: called with (what, share done).
 
@@ -73,10 +76,10 @@ def build(
     jobs = jobs_of(models, quantizations, target, ablated, bundled)
     with tempfile.TemporaryDirectory(prefix="gpt2-tvm-kit-") as scratch:
         folder = Path(scratch)
-        for i, (model, q, variant, rules) in enumerate(jobs):
+        for i, (model, q, variant) in enumerate(jobs):
             say(f"compiling {model} {q} {variant} for {target}", 0.9 * i / len(jobs))
             name = f"{Path(model).name}-{q}-{variant}"
-            compile_one(folder / name, model, q, target, rules, batch_sizes if model != "bundled" else (1,))
+            compile_one(folder / name, model, q, target, variant, batch_sizes if model != "bundled" else (1, 4))
         members = [*_programs(), *_libraries(wheels), pack.Member("kit.json", _about(wheels))]
         members += [
             pack.Member(f"artifacts/{file.relative_to(folder).as_posix()}", file)
@@ -90,29 +93,40 @@ def build(
 
 def jobs_of(
     models: Sequence[str], quantizations: Sequence[str], target: str, ablated: str | None, bundled: bool
-) -> list[tuple[str, str, str, str]]:
-    """(model, precision, variant, rules) of every artifact; see `build`. The bundled model comes in the variants whose
+) -> list[tuple[str, str, str]]:
+    """(model, precision, variant) of every artifact; see `build`. The bundled model comes in the variants whose
     steps share no kernel."""
     alone = suits(specialise(load_target(target)))
 
-    def of(model: str, q: str) -> Iterator[tuple[str, str, str, str]]:
+    def of(model: str, q: str) -> Iterator[tuple[str, str, str]]:
         wanted = ("persistent", "full") if model == "bundled" else VARIANTS if model == ablated else ("full",)
         for variant in wanted:
             if variant == "tensor" and q != "q0f16":  # in float32 that rule takes nothing
                 continue
             if variant == "persistent" and not (alone and q in ("q0f16", "q0f32")):
                 continue
-            yield model, q, variant, VARIANTS[variant]
+            yield model, q, variant
 
     return [job for m in (*models, *(["bundled"] if bundled else [])) for q in quantizations for job in of(m, q)]
 
 
 def compile_one(
-    folder: Path, model: str, quantization: str, target: str, rules: str, batch_sizes: Sequence[int]
+    folder: Path, model: str, quantization: str, target: str, variant: str, batch_sizes: Sequence[int]
 ) -> None:
     """One artifact, without its weights unless it is the bundled model's."""
     keep = model == "bundled"
-    compile_model(model, target, quantization, folder, rules, batch_sizes=batch_sizes, verify_widths=(), weights=keep)
+    rules, attention = VARIANTS[variant]
+    compile_model(
+        model,
+        target,
+        quantization,
+        folder,
+        rules,
+        attention,
+        batch_sizes=batch_sizes,
+        verify_widths=(),
+        weights=keep,
+    )
     if not keep:
         shutil.rmtree(folder / "params")
         manifest = read_manifest(folder)
@@ -129,11 +143,11 @@ def _programs() -> Iterator[pack.Member]:
 
 def _libraries(wheels: Path | None) -> Iterator[pack.Member]:
     given = {} if wheels is None else {_distribution(w): w for w in sorted(wheels.glob("*.whl"))}
-    needed = {"apache_tvm", "apache_tvm_ffi"}
+    needed = {"apache_tvm", "apache_tvm_ffi", "ml_dtypes"}
     if wheels is not None and (missing := needed - set(given)):
         raise UserError(
             f"--wheels {wheels} lacks {' and '.join(sorted(missing))}; pip download --no-deps --only-binary=:all: "
-            "--python-version 3.12 apache-tvm==VERSION apache-tvm-ffi==VERSION -d FOLDER"
+            "--python-version 3.12 apache-tvm==VERSION apache-tvm-ffi==VERSION ml-dtypes -d FOLDER"
         )
     for wheel in given.values():
         yield from _unpacked(wheel)

@@ -66,6 +66,7 @@ def measure(
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "torch": str(torch.__version__),
         "driver": _driver() if device == "cuda" else None,
+        "versions": software(),
     }
     a = torch.ones(copy_bytes // 4, device=device)
     b = torch.empty_like(a)
@@ -77,6 +78,35 @@ def measure(
         result |= rate(key, 2 * edge**3 / 1e12, timed(lambda x=x, y=y: x @ y))  # type: ignore[misc]
         del x, y
     return {**result, **(_launches(torch, timed, nodes) if device == "cuda" else {"node_us": None, "launch_us": None})}
+
+
+def software() -> dict[str, str]:
+    """Versions of what the results come from; CUDA: torch's, and of the runtime that our kernels are launched with."""
+    import torch
+
+    import gpt2_tvm
+    from gpu_bench.subjects import versions
+
+    found = {"gpt2-tvm": gpt2_tvm.__version__, **versions("apache-tvm", "apache-tvm-ffi", "torch", "triton", "numpy")}
+    if torch.version.cuda:
+        found["torch's CUDA"] = torch.version.cuda
+    if (runtime := _cuda_runtime()) is not None:
+        found["CUDA runtime"] = runtime
+    return found
+
+
+def _cuda_runtime() -> str | None:
+    import ctypes
+
+    from gpt2_tvm.runners.cuda_graph import _cudart
+
+    number = ctypes.c_int()
+    try:
+        if _cudart().cudaRuntimeGetVersion(ctypes.byref(number)) != 0:
+            return None
+    except (OSError, RuntimeError, AttributeError):
+        return None
+    return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
 
 def _launches(torch: Any, timed: Callable[..., list[float]], nodes: int) -> dict[str, float]:

@@ -25,6 +25,7 @@ def render(results: Path) -> str:
     for part in PARTS:
         if (found := gather(results, part)) and found["rows"]:
             sections.append(f"#### {TITLES[part]}\n\n{table(found['rows'])}{_notes(found)}")
+    sections += extras(results)
     if not sections:
         raise UserError(f"{results} holds no results; run a part first, such as python benchmarks/gpu.py machine")
     return "\n\n".join(sections) + "\n"
@@ -36,11 +37,35 @@ def gather(results: Path, part: str) -> dict[str, Any] | None:
     if not found:
         return None
     return {
-        "rows": [row for r in found for row in r["rows"]],
+        "rows": _latest([row for r in found for row in r["rows"]]),
         "failures": [line for r in found for line in r["failures"]],
         "complete": all(r["complete"] for r in found),
         "date": max(r["date"] for r in found),
     }
+
+
+def _latest(rows: Sequence[Row]) -> list[Row]:
+    """Of an engine that was measured twice at one size (beside other engines) the later row."""
+    kept: dict[tuple[Any, ...], Row] = {}
+    for row in sorted(rows, key=lambda r: r["date"]):
+        key = (row["engine"], row.get("artifact"), row["prompt_tokens"], *_group(row))
+        kept[key] = row
+    return list(kept.values())
+
+
+def best_torch(row: Row, rows: Sequence[Row]) -> tuple[float, float] | None:
+    """(decode, prefill) of our row over the best of torch's at the same size, each the best at that; None where torch
+    has no row."""
+    theirs = [r for r in rows if r["kind"] == "torch" and _group(r) == _group(row)]
+    if row["kind"] != "ours" or not theirs:
+        return None
+    decode, prefill = (row[key] / max(r[key] for r in theirs) for key in ("decode_tok_s", "prefill_tok_s"))
+    return decode, prefill
+
+
+def _ratio(row: Row, rows: Sequence[Row]) -> str:
+    found = best_torch(row, rows)
+    return "" if found is None else f"{found[0]:.2f} / {found[1]:.2f}"
 
 
 def _machine(m: dict[str, Any]) -> str:
@@ -51,7 +76,8 @@ def _machine(m: dict[str, Any]) -> str:
     units = {"copy_gb_s": "GB/s", "read_gb_s": "GB/s", "fp16_tflops": "TFLOP/s", "fp32_tflops": "TFLOP/s"}
     rows = [value(key, unit) for key, unit in units.items()]
     rows += [value("node_us", "us"), value("launch_us", "us")]
-    head = f"#### {m['device']}\n\ndriver {m['driver']}, torch {m['torch']}, {m['date']}\n\n"
+    software = ", ".join(f"{name} {version}" for name, version in m.get("versions", {"torch": m["torch"]}).items())
+    head = f"#### {m['device']}\n\ndriver {m['driver']}, {software}, {m['date']}\n\n"
     return head + markdown_table(["measured", "median ± sd"], rows, left=1)
 
 
@@ -59,16 +85,17 @@ def _correctness(rows: Sequence[Row]) -> str:
     cells = [
         [
             row["artifact"],
-            f"{row['error']:.2e}",
-            number(row["largest"]),
-            f"{row['share']:.1e}",
-            f"{row['allowed']:.0e}",
+            "" if row["error"] is None else f"{row['error']:.2e}",
+            "" if row["largest"] is None else number(row["largest"]),
+            "" if row["share"] is None else f"{row['share']:.1e}",
+            "" if row["allowed"] is None else f"{row['allowed']:.0e}",
+            " ".join(f"{s['batch']}x{s['prompt_tokens']}" for s in row["sizes"]),
             {True: "yes", False: "NO", None: ""}[row["same_ids"]],
-            "ok" if row["ok"] else f"FAILED {row['refused']}".strip(),
+            "ok" if row["ok"] else " ".join(filter(None, ("FAILED", row["failure"], row["message"], row["refused"]))),
         ]
         for row in rows
     ]
-    headings = ["artifact", "largest error", "largest logit", "share", "allowed", "graph = plain", ""]
+    headings = ["artifact", "largest error", "largest logit", "share", "allowed", "sizes", "graph = plain", ""]
     return "#### Logits beside torch's in float32\n\n" + markdown_table(headings, cells, left=1)
 
 
@@ -85,6 +112,7 @@ def table(rows: Sequence[Row]) -> str:
             f"{row['batch']} x {row['prompt_tokens']} + {row['generate_tokens']}",
             with_spread(row, "prefill_tok_s"),
             with_spread(row, "decode_tok_s"),
+            _ratio(row, rows),
             number(row["step_time_us"]),
             "" if row["floor_share"] is None else f"{row['floor_share']:.0%}",
             _count(row, "launches_a_token"),
@@ -94,7 +122,18 @@ def table(rows: Sequence[Row]) -> str:
         for row in order
     ]
     headings = [
-        *("model", "engine", "size", "prefill tok/s", "decode tok/s", "us a step", "of floor", "launches", "kernels"),
+        *(
+            "model",
+            "engine",
+            "size",
+            "prefill tok/s",
+            "decode tok/s",
+            "x best torch",
+            "us a step",
+            "of floor",
+            "launches",
+            "kernels",
+        ),
         "same ids",
     ]
     return markdown_table(headings, cells, left=3)
@@ -112,7 +151,12 @@ def _notes(found: dict[str, Any]) -> str:
         f"take turns, on {rows[0]['device']}, {found['date']}.",
         "Floor: a step's weights and cache read once, at the bandwidth of: " + ", ".join(sources) + ".",
         "Launches: by the host, a token; kernels: that the GPU runs for it.",
-        *(f"Failed: {line}" for line in found["failures"]),
+        "x best torch: decode / prefill of ours over the best of torch's modes at that size.",
+        *(
+            f"Failed ({row['failure']}): {row['engine']} of {row['artifact']}, "
+            f"{row['batch']} x {row['prompt_tokens']} + {row['generate_tokens']}: {row['message']}"
+            for row in found["failures"]
+        ),
         *(() if found["complete"] else ("Not complete: the same command goes on.",)),
     ]
     return "\n\n" + "\n".join(lines)
@@ -195,3 +239,61 @@ def _sizes(rows: Sequence[Row], path: Path, title: str) -> None:
 
 def _group(row: Row) -> tuple[Any, ...]:
     return row["model"], row["quantization"], row["batch"], row["generate_tokens"]
+
+
+def extras(results: Path) -> list[str]:
+    """Sections of the parts that are not timed engines: kernels, replays, sanitizer."""
+    sections = []
+    if found := read(results / "kernels.json"):
+        sections.append(_kernels(found["rows"]))
+    if found := read(results / "replays.json"):
+        cells = [
+            [row["artifact"], *(str(row.get(k, "")) for k in ("replays", "stretches_with_other_ids"))]
+            + [number(row[k]) if k in row else "" for k in ("gpu_growth_mb", "host_growth_mb")]
+            + ["ok" if row["ok"] else f"FAILED {row.get('message') or row.get('refused') or ''}".strip()]
+            for row in found["rows"]
+        ]
+        headings = ["artifact", "replays", "stretches with other ids", "GPU grew MB", "host grew MB", ""]
+        sections.append("#### Replays of the decode graph\n\n" + markdown_table(headings, cells, left=1))
+    if found := read(results / "sanitizer.json"):
+        cells = [
+            [row["artifact"], row["tool"], row["summary"], "ok" if row["ok"] else f"FAILED {row['message']}"]
+            for row in found["rows"]
+        ]
+        text = markdown_table(["artifact", "tool", "summary", ""], cells, left=3) if cells else found["missing"] + "."
+        sections.append("#### compute-sanitizer\n\n" + text)
+    return sections
+
+
+def _kernels(rows: Sequence[Row]) -> str:
+    measured = [row for row in rows if row["ok"]]
+    heads = [
+        [
+            row["artifact"],
+            number(row["head"]["us"]),
+            number(row["head"]["gb_s"]),
+            "" if row["head"]["share"] is None else f"{row['head']['share']:.0%}",
+            f"{row['head']['wanted']:.0%}",
+        ]
+        for row in measured
+    ]
+    products = [
+        [
+            row["artifact"],
+            p["product"],
+            f"{p['m']} x {p['n']} x {p['k']}",
+            number(p["us"]),
+            number(p["torch_us"]),
+            f"{p['ratio']:.2f}",
+        ]
+        for row in measured
+        for p in row["products"]
+    ]
+    parts = [
+        "#### Kernels alone",
+        markdown_table(["LM head of", "us", "GB/s", "of copy", "wanted"], heads, left=1),
+        markdown_table(["products of", "layer", "m x n x k", "ours us", "torch us", "torch / ours"], products, left=3),
+        "Ours has bias, activation and residual in it; torch's is the product alone, by cuBLAS on a GPU.",
+        *(f"Failed: {row['artifact']}: {row['message']}" for row in rows if not row["ok"]),
+    ]
+    return "\n\n".join(parts)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +20,13 @@ from gpt2_tvm.measure.cases import Case, Sample
 from gpt2_tvm.measure.results import agreeing, now, rates, spread
 from gpt2_tvm.measure.timing import Samples, run_rounds
 from gpt2_tvm.measure.workers import Worker
+from gpu_bench.crew import Clock, Crew, OutOfTimeError, alone, say
+from gpu_bench.unpacking import SUFFIX, unpacked
+from gpu_bench.weights import fill, has_weights
+
+HERE = Path(__file__).resolve().parent
+Row = dict[str, Any]
+Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,13 @@ class Entry:
 
 
 def find_artifacts(kit: Path, model: str | None = None, quantization: str | None = None) -> list[Path]:
-    """The artifacts in `kit`/artifacts (or in `kit` itself, or `kit` alone), by name.
+    """The artifacts in `kit`/artifacts (or in `kit` itself, or `kit` alone), by name. A packed kit is unpacked beside
+    itself first.
 
     Raises UserError where there are none of that model and quantization.
     """
+    if kit.name.endswith(SUFFIX):
+        kit = unpacked(kit)
     folder = kit / "artifacts" if (kit / "artifacts").is_dir() else kit
     found = (
         [folder] if (folder / "manifest.json").is_file() else sorted(p.parent for p in folder.glob("*/manifest.json"))
@@ -73,96 +80,144 @@ def has_graphs(path: Path) -> bool:
     return bool(json.loads((path / "manifest.json").read_text(encoding="utf-8")).get("cuda_graph"))
 
 
-class OutOfTimeError(Exception):
-    """The part's seconds are over; what was measured is written."""
-
-
 def run_part(
     part: str,
-    entries: Sequence[Entry],
+    groups: Sequence[Sequence[Entry]],
     cases: Sequence[Case],
     repeats: int,
-    limit_s: float,
+    clock: Clock,
     device: str,
     results: Path,
 ) -> dict[str, Any]:
-    """Let `entries` take turns and write `results`/`part`.json after every case.
+    """Let the entries of each group take turns at every case, and write `results`/part.json after each.
 
-    Cases and entries that the file has already are left out, so the same command goes on where the last one ended.
-    Stops by itself after `limit_s`: a child that is still at work then is ended, and "complete" is false.
+    A group's case is done when all of its entries have a row of `repeats` rounds, measured beside each other by this
+    code on this machine. An entry that cannot be measured has a typed row among "failures" instead. The same command
+    goes on with what was not tried, then tries again, all of its entries taking turns, what failed or was cut off.
+    Nothing runs on after the clock's end, and "complete" is false where something is missing.
     """
     file = results / f"{part}.json"
-    machine = read(results / "machine.json")
+    here = machine_key(device)
+    codes = {entry: code_of(entry) for group in groups for entry in group}
+
+    def key(entry: Entry, case: Case) -> Key:
+        sizes = (case.batch, case.prompt_tokens, case.generate_tokens)
+        return (entry.path.name, entry.engine, entry.how, *sizes, codes[entry], here)
+
     before = read(file) or {}
-    rows = [row for row in before.get("rows", ())]
-    done = {_key(row) for row in rows}
-    result: dict[str, Any] = {"part": part, "complete": False, "failures": [], "rows": rows, "machine": machine}
-    end = time.monotonic() + limit_s
-    todo = {case: [e for e in entries if _key_of(e, case) not in done] for case in cases}
+    rows = {_key(row): row for row in before.get("rows", ()) if row["repeats"] >= repeats}
+    failures = {_key(row): row for row in before.get("failures", ())}
+    jobs = [(case, group) for case in cases for group in groups]
+    untried = [job for job in jobs if any((k := key(e, job[0])) not in rows and k not in failures for e in job[1])]
+    again = [job for job in jobs if job not in untried and any(key(e, job[0]) in failures for e in job[1])]
+    names = {entry.path.name for entry in codes}
+    for known in (rows, failures):  # of the same artifact in another build, or by another benchmark
+        for k in [k for k in known if k[0] in names and (k[-1] != here or k[-2] not in codes.values())]:
+            del known[k]
+    result: dict[str, Any] = {"part": part, "machine": read(results / "machine.json")}
+
+    def write(complete: bool) -> None:
+        result.update(complete=complete, rows=list(rows.values()), failures=list(failures.values()))
+        save(file, result)
+
+    left = len(untried) + len(again)
     try:
-        for case, group in todo.items():
-            if group:
-                _say(f"{case.batch} x {case.prompt_tokens} + {case.generate_tokens}: {len(group)} engines")
-                _one_case(group, case, repeats, end, device, result)
-                save(file, result)
-        result["complete"] = not result["failures"]
+        for case, group in (*untried, *again):
+            clock.begin(f"{case.batch} x {case.prompt_tokens} + {case.generate_tokens}: {len(group)} engines")
+            found, failed = one_case(group, case, repeats, clock, device, result["machine"])
+            for entry in group:
+                k = key(entry, case)
+                same: dict[str, Any] = {**_about(entry, case), "code": codes[entry], "machine": here}
+                if entry in found:
+                    rows[k] = {**found[entry], **same}
+                    failures.pop(k, None)
+                elif entry in failed:
+                    failures[k] = {**same, **failed[entry]}
+            left -= 1
+            write(False)
     except OutOfTimeError:
-        _say(f"stopped after {limit_s:.0f} s; the same command goes on from here")
-    save(file, result)
+        say(f"stopped within {clock.limit_s:.0f} s; the same command goes on from here")
+    write(not left and not failures)
     return result
 
 
-def _one_case(
-    entries: Sequence[Entry], case: Case, repeats: int, end: float, device: str, result: dict[str, Any]
-) -> None:
+def one_case(
+    entries: Sequence[Entry], case: Case, repeats: int, clock: Clock, device: str, machine: dict[str, Any] | None
+) -> tuple[dict[Entry, Row], dict[Entry, dict[str, str]]]:
+    """Rows of who had all rounds, and why others had not. Rows cut off count for nothing: then none has a row."""
+    failed: dict[Entry, dict[str, str]] = {}
+    for path in dict.fromkeys(entry.path for entry in entries if not has_weights(entry.path)):
+        _, why = alone(f"weights of {path.name}", max(1.0, clock.left - 1), fill, path)
+        failed |= {entry: why for entry in entries if entry.path == path and why}
     samples: Samples = {}
-    workers: list[Worker] = []
-    alive: list[tuple[Entry, Worker]] = []
+    with Crew() as crew:
+        turns = _ready([e for e in entries if e not in failed], case, clock, crew, failed, device)
 
-    def say(what: str, turns: int) -> None:
-        if time.monotonic() > end:
-            raise OutOfTimeError
-        _say(what)
+        def next_turn(what: str, taken: int) -> None:
+            say(what)
+            for turn in turns:
+                crew.give(turn.worker, clock.end)
+            if turns:  # whoever hangs must not take the others' time
+                crew.give(turns[taken % len(turns)].worker, min(clock.end, time.monotonic() + max(5.0, clock.left / 4)))
 
-    with _watchdog(workers, end):
+        run_rounds(turns, [case], repeats, 1, samples, next_turn)
+    done = {turn.entry: samples.get((i, case), []) for i, turn in enumerate(turns)}
+    short = [turn for turn in turns if len(done[turn.entry]) < repeats]
+    failed |= {turn.entry: turn.failed for turn in short}
+    if clock.left <= 0 and short:  # the others went on without their peers
+        why = {"failure": "timeout", "message": f"the time was over before {repeats} rounds were"}
+        return {}, {entry: failed.get(entry, why) for entry in entries}
+    good = [turn for turn in turns if turn not in short]
+    ids = next((done[t.entry][0].tokens for t in good if t.entry.engine == "ours"), None)
+    return {t.entry: make_row(t.entry, t.worker.facts, case, done[t.entry], machine, ids) for t in good}, failed
+
+
+class Turn:
+    """A worker in the rounds (`timing.Timed`), with the reason for which it left them."""
+
+    def __init__(self, entry: Entry, worker: Worker, crew: Crew) -> None:
+        self.entry, self.worker, self.crew = entry, worker, crew
+        self.label = entry.label
+        self.failed: dict[str, str] = {}
+
+    def turn(self, case: Case) -> Sample:
+        """The worker's."""
         try:
-            workers += [entry.worker(device, (case,)) for entry in entries]
-            for entry, worker in zip(entries, workers, strict=True):
-                try:
-                    worker.ready()
-                    alive.append((entry, worker))
-                except UserError as error:
-                    result["failures"].append(str(error))
-                    _say(str(error))
-            result["failures"] += run_rounds([w for _, w in alive], [case], repeats, 1, samples, say)
-        finally:
-            for worker in workers:
-                worker.close()
-            ids = {i: s[0].tokens for (i, _), s in samples.items() if s}
-            first = next((ids[i] for i, (e, _) in enumerate(alive) if e.engine == "ours" and i in ids), None)
-            for i, (entry, worker) in enumerate(alive):
-                if taken := samples.get((i, case)):
-                    result["rows"].append(make_row(entry, worker.facts, case, taken, result["machine"], first))
-    if time.monotonic() > end:
-        raise OutOfTimeError
+            return self.worker.turn(case)
+        except UserError as error:
+            self.failed = self.crew.why(self.worker, error)
+            say(self.failed["message"])
+            raise
 
 
-@contextmanager
-def _watchdog(workers: Sequence[Worker], end: float) -> Iterator[None]:
-    """End the children when the time is over: the parent's wait for an answer then ends too."""
-
-    def over() -> None:
-        for worker in workers:
-            with suppress(OSError):
-                os.kill(worker.pid, signal.SIGKILL)
-
-    timer = threading.Timer(max(0.1, end - time.monotonic()), over)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+def _ready(
+    entries: Sequence[Entry],
+    case: Case,
+    clock: Clock,
+    crew: Crew,
+    failed: dict[Entry, dict[str, str]],
+    device: str,
+) -> list[Turn]:
+    """Who is ready within half of the time: ours first, so that the GPU has room for it, then torch's all at once."""
+    end = time.monotonic() + clock.left / 2
+    turns = []
+    for kind in ("ours", "torch"):
+        started = [
+            Turn(e, crew.add(e.worker(device, (case,)), end), crew)
+            for e in entries
+            if (e.engine == "ours") == (kind == "ours")
+        ]
+        for turn in started:
+            try:
+                turn.worker.ready()
+            except UserError as error:
+                failed[turn.entry] = crew.why(turn.worker, error)
+                say(failed[turn.entry]["message"])
+                crew.dismiss(turn.worker)
+            else:
+                crew.give(turn.worker, clock.end)
+                turns.append(turn)
+    return turns
 
 
 def make_row(
@@ -176,21 +231,16 @@ def make_row(
     """A row of a result: rates are tokens a second of the whole batch, medians with `_sd`.
 
     floor_tok_s: what the bytes of a step allow at the copy bandwidth measured on this machine (else at the target's
-    peak; `floor_from` says which) · floor_share: of it. same_ids: greedy ids of the first sequence that equal `ids`.
+    peak; `floor_from` says which) · floor_share: of it. same_ids: greedy ids that equal `ids`, of the sequence in which
+    they are the fewest.
     """
     artifact = open_artifact(entry.path, verify=False, versions=False)
     prefill, decode = rates(case, samples)
     floor, source = floor_tok_s(artifact, case, machine)
     row: dict[str, Any] = {
-        "engine": entry.label,
-        "artifact": entry.path.name,
-        "kind": entry.engine,
-        "how": entry.how,
+        **_about(entry, case),
         "model": artifact.manifest["model"],
         "quantization": artifact.manifest["quantization"],
-        "batch": case.batch,
-        "prompt_tokens": case.prompt_tokens,
-        "generate_tokens": case.generate_tokens,
         "repeats": len(samples),
         "prefill_tok_s": median(prefill),
         "prefill_tok_s_sd": spread(prefill),
@@ -200,7 +250,7 @@ def make_row(
         "floor_tok_s": floor,
         "floor_share": median(decode) / floor if floor else None,
         "floor_from": source,
-        "same_ids": agreeing(samples[0].tokens[0], ids[0]) if ids is not None else None,
+        "same_ids": min(map(agreeing, samples[0].tokens, ids)) if ids is not None else None,
         "date": now(),
     }
     return {**row, **{k: facts.get(k) for k in ("device", "kernels_a_token", "launches_a_token", "rules", "versions")}}
@@ -228,6 +278,17 @@ def beside_torch(path: Path, modes: Sequence[str]) -> list[Entry]:
     return [Entry(path, "ours", best), *(Entry(path, "torch", mode) for mode in modes)]
 
 
+def sizes_parts(models: str, quantizations: str, modes: str, then: str) -> list[tuple[str, str, str, list[str]]]:
+    """(part, model, precision, torch's modes): every model beside the first modes, then every one beside the others."""
+    passes = [("", modes), *([("-then", then)] if then else [])]
+    return [
+        (f"sizes-{model}-{q}{suffix}", model, q, [mode for mode in chosen.split(",") if mode])
+        for suffix, chosen in passes
+        for model in models.split(",")
+        for q in quantizations.split(",")
+    ]
+
+
 def read(file: Path) -> dict[str, Any] | None:
     """A result file, or None where there is none."""
     try:
@@ -243,14 +304,63 @@ def save(file: Path, result: dict[str, Any]) -> None:
     write_atomically(file, json.dumps({**result, "date": now()}, indent=1) + "\n")
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[k] for k in ("artifact", "kind", "how", "batch", "prompt_tokens", "generate_tokens"))
+@cache
+def machine_key(device: str) -> str:
+    """Where rows come from: the GPU and its driver, or the processor. Rows of another one are measured again."""
+    import subprocess
+
+    from gpt2_tvm.runners.vm import processor_name
+
+    if device != "cuda":
+        return f"{device}: {processor_name()}"
+    try:
+        command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        seen = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip().splitlines()
+    except (OSError, subprocess.SubprocessError):
+        seen = []
+    return seen[0] if seen else device
 
 
-def _key_of(entry: Entry, case: Case) -> tuple[Any, ...]:
-    sizes = (case.batch, case.prompt_tokens, case.generate_tokens)
-    return (entry.path.name, entry.engine, entry.how, *sizes)
+@cache
+def sources() -> str:
+    """A hash of the programs whose speed is in the rows."""
+    import gpt2_tvm
+
+    ours = Path(gpt2_tvm.__file__).parent
+    files = [HERE / "subjects.py", HERE / "torch_gpt2.py", ours / "engine.py", *sorted((ours / "runners").glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def _say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)
+@cache
+def code_of(entry: Entry) -> str:
+    """What tells an entry's code from that of another build: of ours its library, of torch its version."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    manifest = json.loads((entry.path / "manifest.json").read_text(encoding="utf-8"))
+    digest = hashlib.sha256(sources().encode())
+    if entry.engine == "ours":
+        digest.update((entry.path / manifest["library"]).read_bytes())
+    else:
+        try:
+            digest.update(version("torch").encode())
+        except PackageNotFoundError:
+            digest.update(b"torch")
+    return digest.hexdigest()[:16]
+
+
+def _about(entry: Entry, case: Case) -> Row:
+    return {
+        "engine": entry.label,
+        "artifact": entry.path.name,
+        "kind": entry.engine,
+        "how": entry.how,
+        "batch": case.batch,
+        "prompt_tokens": case.prompt_tokens,
+        "generate_tokens": case.generate_tokens,
+    }
+
+
+def _key(row: Row) -> Key:
+    """See `run_part`; rows of before these were written have no code and no machine, and are measured again."""
+    names = ("artifact", "kind", "how", "batch", "prompt_tokens", "generate_tokens")
+    return (*(row[name] for name in names), row.get("code"), row.get("machine"))

@@ -28,6 +28,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Block(nn.Module):
+    keys: Tensor  # [b, H, S, D]
+    values: Tensor
+
     def __init__(self, config: GPT2Config, layer: int, batch: int, capacity: int) -> None:
         super().__init__()
         E, H, D = config.n_embd, config.n_head, config.head_dim
@@ -39,18 +42,26 @@ class Block(nn.Module):
         self.heads, self.scale = H, config.attention_scale(layer)
         self.activation = ACTIVATIONS[config.activation_function]
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        """mask [1, 1, n, S]; None for a prompt into an empty cache, which looks at itself alone: what flash attention
+        takes, and no slot of the cache is read."""
         b, n, E = x.shape
         qkv = self.c_attn(self.ln_1(x)).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [3, b, H, n, D]
         self.keys.index_copy_(2, positions, qkv[1])
         self.values.index_copy_(2, positions, qkv[2])
-        y = F.scaled_dot_product_attention(qkv[0], self.keys, self.values, attn_mask=mask, scale=self.scale)
+        if mask is None:
+            y = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True, scale=self.scale)
+        else:
+            y = F.scaled_dot_product_attention(qkv[0], self.keys, self.values, attn_mask=mask, scale=self.scale)
         x = x + self.attn_proj(y.transpose(1, 2).reshape(b, n, E))
         return x + self.mlp_proj(self.activation(self.c_fc(self.ln_2(x))))
 
 
 class TorchGPT2(nn.Module):
     """capacity: slots of the cache. The weights are an artifact's (`load`)."""
+
+    mask: Tensor
+    h: Any
 
     def __init__(self, config: GPT2Config, batch: int, capacity: int) -> None:
         super().__init__()
@@ -81,8 +92,14 @@ class TorchGPT2(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids [b, n] and where they go, int64 [n] -> logits [b, V] after the last, in the model's dtype."""
+        return self._logits(ids, positions, self.mask[positions][None, None])
+
+    def prefill(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """`forward` into an empty cache; positions: 0, 1, … n - 1."""
+        return self._logits(ids, positions, None)
+
+    def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         x = self.wte(ids) + self.wpe(positions)
-        mask = self.mask[positions][None, None]  # [1, 1, n, S]
         for block in self.h:
             x = block(x, positions, mask)
         x = self.ln_f(x[:, -1])
@@ -120,17 +137,19 @@ class Decoder:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.history = torch.zeros(batch, capacity, dtype=torch.int64, device=device)
         self.places = torch.arange(capacity, device=device)
-        self._prefill: Any = model.best
+        self._prefill: Any = model.prefill
         self._step: Any = model.best
         self._graph: Any = None
         if mode in ("reduce-overhead", "max-autotune"):
-            self._prefill = torch.compile(model.best, mode=mode, fullgraph=True, dynamic=False)
+            self._prefill = torch.compile(model.prefill, mode=mode, fullgraph=True, dynamic=False)
             self._step = torch.compile(model.best, mode=mode, fullgraph=True, dynamic=False)
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """ids [b, n] from an empty cache -> the most likely next token [b, 1]."""
+        """ids [b, n] from an empty cache -> the most likely next token [b, 1]. As in our engine the logits go to the
+        host in float32, and it takes their maximum."""
         torch.compiler.cudagraph_mark_step_begin()
-        return self._prefill(ids, self.places[: ids.shape[1]]).clone()
+        logits = self._prefill(ids, self.places[: ids.shape[1]]).float().cpu().numpy()
+        return torch.from_numpy(logits.argmax(-1)).view(-1, 1).to(self.token.device)
 
     def decode(self, token: Tensor, start: int, n: int) -> list[Tensor]:
         """n steps from slot `start` on -> the n tokens that were appended, on the device, in pieces [b, any]."""
@@ -161,8 +180,8 @@ class Decoder:
             self.position.add_(1)
 
         side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
         kept = [(b.keys.clone(), b.values.clone()) for b in self.model.h]
+        side.wait_stream(torch.cuda.current_stream())  # for the copies too: the steps write into what is copied
         with torch.cuda.stream(side):
             for _ in range(3):
                 step()

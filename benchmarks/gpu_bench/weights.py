@@ -14,6 +14,11 @@ from gpt2_tvm.tensor_cache import INDEX, TensorCacheWriter
 SEED = 0
 
 
+def has_weights(artifact: Path) -> bool:
+    """Whether there is nothing to make."""
+    return (artifact / "params" / INDEX).is_file()
+
+
 def fill(artifact: Path, say: Callable[[str], None] = lambda what: None) -> None:
     """Make the weights of an artifact that came without: the same numbers on every machine, once for each model and
     precision in the folder beside the artifacts."""
@@ -22,7 +27,7 @@ def fill(artifact: Path, say: Callable[[str], None] = lambda what: None) -> None
     from gpt2_tvm.quantization.storage import stored_parameters
 
     params = artifact / "params"
-    if (params / INDEX).is_file():
+    if has_weights(artifact):
         return
     manifest = read_manifest(artifact)
     name = f"{manifest['model']}-{manifest['quantization']}"

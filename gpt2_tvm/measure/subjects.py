@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,11 +26,16 @@ class Subject(Protocol):
 
 
 def prompt_of(artifact: Artifact, case: Case) -> np.ndarray:
-    """The benchmark's prompt for this model, the same in every sequence -> int32 [batch, prompt_tokens]."""
+    """The benchmark's prompt for this model, the same in every sequence -> int32 [batch, prompt_tokens]. Where the
+    tokenizers package is missing (a kit has TVM's runtime and numpy alone) it is that of a model without tokenizer."""
     from gpt2_tvm.data import prompt_for
-    from gpt2_tvm.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(artifact.tokenizer) if artifact.tokenizer else None
+    tokenizer = None
+    if artifact.tokenizer:
+        with suppress(ModuleNotFoundError):
+            from gpt2_tvm.tokenizer import load_tokenizer
+
+            tokenizer = load_tokenizer(artifact.tokenizer)
     ids = prompt_for(tokenizer, artifact.config.vocab_size, case.prompt_tokens)
     return np.tile(np.asarray(ids, np.int32), (case.batch, 1))
 

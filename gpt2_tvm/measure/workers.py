@@ -75,6 +75,10 @@ class Worker:
             self._process.kill()
             self._process.join()
 
+    def interrupt(self) -> None:
+        """End the process from another thread than the one that waits for its answer: that wait ends with UserError."""
+        self._process.kill()  # nothing, where it was waited for already
+
     def kill(self) -> None:
         """End the process now, in the middle of a turn too."""
         self._process.kill()

@@ -17,6 +17,7 @@ from commands import run_here
 from gpt2_tvm.build import make_plan
 from gpt2_tvm.config import GPT2Config
 from targets import load_target
+from tuning.explain import main
 from tuning.report import Report, collect, markdown, render
 from tuning.report.page import MAX_DEPTH, _tir
 
@@ -29,6 +30,12 @@ CLOSES_ITSELF = {"tr", "td", "th"}  # HTML lets their end tags be left out, and 
 @pytest.fixture(scope="module")
 def made() -> Report:
     return collect(make_plan(CONFIG, load_target("webgpu"), verify_widths=(4,)), "tiny <b>")
+
+
+@pytest.fixture(scope="module")
+def stock() -> Report:
+    """With DLight's gemv, whose matrices are drawn."""
+    return collect(make_plan(CONFIG, load_target("webgpu"), rules="stock", verify_widths=(4,)), "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +86,9 @@ def test_the_page_is_well_formed_and_needs_nothing_else(page: str, made: Report)
     assert len(page.encode()) < 10e6
 
 
-def test_the_page_tells_the_whole_story_of_a_function() -> None:
-    made = collect(make_plan(CONFIG, load_target("webgpu"), rules="stock", verify_widths=(4,)), "tiny")
-    page = render(made)
-    f = next(f for f in made.functions if f.rule == "gemv")
+def test_the_page_tells_the_whole_story_of_a_function(stock: Report) -> None:
+    page = render(stock)
+    f = next(f for f in stock.functions if f.rule == "gemv")
     section = page[page.index(f'<details class="function" id="{f.name}"') :]
     section = section[: section.index('<details class="function"', 1)]
     for needed in (
@@ -136,12 +142,29 @@ def run_browser(browser: str, page: Path, tmp_path: Path, *options: str) -> tupl
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-def test_a_browser_shows_it_without_a_complaint(browser: str, page: str, tmp_path: Path) -> None:
-    path, shot = tmp_path / "page.html", tmp_path / "page.png"
-    path.write_text(page, encoding="utf-8")
-    _, console = run_browser(browser, path, tmp_path, f"--screenshot={shot}", "--window-size=1300,1000")
-    assert console == []
-    assert shot.read_bytes().startswith(b"\x89PNG") and shot.stat().st_size > 20_000  # a blank one has 6 kB
+# Chromium's own screenshots are blank where a link's fragment has scrolled the page; one of a frame is not.
+FRAME = '<body style="margin:0"><iframe src="page.html#{name}" style="width:1300px;height:2200px;border:0"></iframe>'
+OF_A_TILE = {"grid": "cfe4ff", "thread": "c9f0d2", "vector": "ffe0b8", "serial": "eef0f3"}  # as in drawing.css
+
+
+def test_a_browser_shows_a_functions_drawings_without_a_complaint(browser: str, stock: Report, tmp_path: Path) -> None:
+    """What is drawn, and not only that something is: the overview alone has none of a drawing's colours."""
+    import numpy as np
+    from matplotlib.image import imread
+
+    (tmp_path / "page.html").write_text(render(stock), encoding="utf-8")
+    f = next(f for f in stock.functions if f.after.tile)
+    name, pixels = f.name, {}
+    for shown in (name, "overview"):
+        shot = tmp_path / f"{shown}.png"
+        (tmp_path / "frame.html").write_text(FRAME.format(name=shown), encoding="utf-8")
+        options = ("--allow-file-access-from-files", f"--screenshot={shot}", "--window-size=1300,2200")
+        _, console = run_browser(browser, tmp_path / "frame.html", tmp_path, *options)
+        assert console == []
+        image = np.rint(imread(shot)[..., :3] * 255).reshape(-1, 3)
+        for colour, code in OF_A_TILE.items():
+            pixels[shown, colour] = int((image == tuple(bytes.fromhex(code))).all(axis=1).sum())
+    assert all(pixels[name, colour] > 1000 and pixels["overview", colour] == 0 for colour in OF_A_TILE), pixels
 
 
 def test_the_console_would_tell(browser: str, page: str, tmp_path: Path) -> None:
@@ -160,6 +183,21 @@ addEventListener("load", () => {{
   const opened = page.getElementById("{name}").open;
   page.querySelectorAll("details").forEach((d) => {{ d.open = true; }});
   const root = page.documentElement;
+  let texts = 0;
+  const sticksOut = [], overlaps = [];
+  for (const svg of page.querySelectorAll("svg.drawing")) {{
+    const boxes = [...svg.querySelectorAll("text")].map((t) => [t.textContent, t.getBBox()]);
+    const {{width, height}} = svg.viewBox.baseVal;
+    texts += boxes.length;
+    boxes.forEach(([text, a], i) => {{
+      if (a.x < 0 || a.y < 0 || a.x + a.width > width || a.y + a.height > height) sticksOut.push(text);
+      for (const [other, b] of boxes.slice(0, i)) {{
+        const across = Math.min(a.x + a.width, b.x + b.width) - Math.max(a.x, b.x);
+        const down = Math.min(a.y + a.height, b.y + b.height) - Math.max(a.y, b.y);
+        if (across > 1 && down > 2) overlaps.push([text, other]);  // lines of small boxes touch
+      }}
+    }});
+  }}
   const bytes = () => [...page.querySelectorAll("#functions tbody tr")].map((r) => Number(r.cells[3].dataset.v));
   const head = page.querySelectorAll("#functions th button")[3];
   head.click(); const down = bytes(); head.click(); const up = bytes();
@@ -167,6 +205,7 @@ addEventListener("load", () => {{
   filter.value = "gemv"; filter.dispatchEvent(new inside.Event("input"));
   const left = [...page.querySelectorAll("#functions tbody tr")].filter((r) => !r.hidden).length;
   document.title = JSON.stringify({{opened, width: root.clientWidth, content: root.scrollWidth, down, up, left,
+    texts, sticksOut, overlaps,
     sort: page.querySelectorAll("#functions th")[3].getAttribute("aria-sort")}});
 }});
 </script>
@@ -174,9 +213,9 @@ addEventListener("load", () => {{
 
 
 @pytest.mark.parametrize("width", [390, 1300])
-def test_it_works_narrow_and_wide(browser: str, page: str, made: Report, tmp_path: Path, width: int) -> None:
-    (tmp_path / "page.html").write_text(page, encoding="utf-8")
-    name = made.functions[3].name
+def test_it_works_narrow_and_wide(browser: str, stock: Report, tmp_path: Path, width: int) -> None:
+    (tmp_path / "page.html").write_text(render(stock), encoding="utf-8")
+    name = stock.functions[3].name
     (tmp_path / "probe.html").write_text(PROBE.format(name=name, width=width), encoding="utf-8")
     options = ("--dump-dom", "--allow-file-access-from-files", "--window-size=1400,1000")
     dom, console = run_browser(browser, tmp_path / "probe.html", tmp_path, *options)
@@ -186,9 +225,10 @@ def test_it_works_narrow_and_wide(browser: str, page: str, made: Report, tmp_pat
     seen = json.loads(html.unescape(title[1]))
     assert seen["opened"], "a link to a function opens it"
     assert seen["content"] <= seen["width"], "long lines must scroll or wrap inside their own boxes"
+    assert seen["texts"] > 200 and seen["sticksOut"] == [] and seen["overlaps"] == []
     assert seen["down"] == sorted(seen["down"], reverse=True) and seen["up"] == sorted(seen["down"])
     assert seen["sort"] == "ascending"
-    assert seen["left"] == sum("gemv" in f"{f.rule} {f.name} {f.role}" for f in made.functions)
+    assert seen["left"] == sum("gemv" in f"{f.rule} {f.name} {f.role}" for f in stock.functions)
 
 
 @pytest.mark.heavy
@@ -249,6 +289,7 @@ def test_a_function_on_the_terminal(tiny_model: Path) -> None:
         (("--rules", "only-magic"), "unknown rule 'magic'"),
         (("--model", "{model}", "--target", "webgpu", "--function", "embedd1"), "close to it: embed1"),
         (("--output", "{folder}"), "is a folder"),
+        (("--model", "{model}", "--target", "webgpu", "--function", "layer"), "close to it: "),
     ],
 )
 def test_errors_are_one_line(arguments: tuple[str, ...], says: str, tiny_model: Path, tmp_path: Path) -> None:
@@ -256,3 +297,19 @@ def test_errors_are_one_line(arguments: tuple[str, ...], says: str, tiny_model: 
     assert done.returncode == 1 and done.stdout == ""
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and says in last
+
+
+def test_what_cannot_be_written_is_said_before_the_build(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    output = ("--output", str(tmp_path / "file" / "page.html"))
+    done = run_here("tuning.explain", "--model", str(tiny_model), "--target", "webgpu", *output)
+    assert done.returncode == 1 and "lowering" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].endswith("cannot be written there; choose a file in a folder of yours")
+
+
+def test_the_helps_own_example_names_a_function(tiny_model: Path) -> None:
+    wanted = re.search(r'--target (\w+) --function "([^"]+)"', main.__doc__ or "")
+    assert wanted is not None
+    done = explain("--model", str(tiny_model), "--target", wanted[1], "--function", wanted[2], "--format", "md")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n## ") == 1 and "Taken by **cpu-gemv**" in done.stdout

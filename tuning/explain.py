@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 
-from gpt2_tvm.cli import run
+from gpt2_tvm.cli import check_writable, run
 from gpt2_tvm.errors import UserError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 FORMATS = ("html", "md")
+ARTIFACTS = Path("artifacts")
 
 
 @app.command()
@@ -24,7 +25,11 @@ def main(
     ] = "gpt2",
     target: Annotated[str, typer.Option(help="A name from gpt2_tvm.compile --list-targets, or a TOML file.")] = "cpu",
     function: Annotated[
-        str | None, typer.Option(help="Only this PrimFunc, with all of its generated code; default: all of them.")
+        str | None,
+        typer.Option(
+            help="Only one PrimFunc, with all of its generated code: its name, or words of name and role that fit no "
+            "other. Default: all of them."
+        ),
     ] = None,
     quantization: Annotated[str, typer.Option(help="How weights are stored and computed with.")] = "q0f32",
     rules: Annotated[
@@ -46,7 +51,7 @@ def main(
 
     \b
     python -m tuning.explain --model gpt2 --target rtx-4090 --quantization q0f16
-    python -m tuning.explain --model bundled --target cpu --function packed_matmul --format md
+    python -m tuning.explain --model bundled --target cpu --function "decode c_fc" --format md
 
     The HTML page is one file that needs no network. No device is needed; what only the device's compiler knows is left
     out and said so. About half a minute for GPT-2 124M.
@@ -54,6 +59,8 @@ def main(
     form = _format(format, output)
     if output is not None and output.is_dir():
         raise UserError(f"--output {output} is a folder; give a file that ends in .{form}")
+    if output is not None or form == "html":
+        check_writable("--output", output or ARTIFACTS / "explain.html")
     from gpt2_tvm.compile import progress_on_stderr
     from gpt2_tvm.files import write_atomically
 
@@ -75,11 +82,12 @@ def main(
     if form == "md" and output is None:
         sys.stdout.write(text)
         return
-    name = f"explain-{source.name}-{quantization}-{device.name}{'-' + function if function else ''}.html"
-    path = output or Path("artifacts") / name
+    only = f"-{report.functions[0].name}" if function else ""
+    path = output or ARTIFACTS / f"explain-{source.name}-{quantization}-{device.name}{only}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
-    print(f"{path}: {len(report.functions)} functions, {len(text.encode()) / 1e6:.2f} MB")
+    count = len(report.functions)
+    print(f"{path}: {count} function{'s' if count != 1 else ''}, {len(text.encode()) / 1e6:.2f} MB")
     for note in report.notes:
         print(f"  note: {note}")
 

@@ -47,7 +47,9 @@ class _MendedGemv:
             found = self.rule.apply(func, target, tunable)
         except ValueError:
             return None
-        return TunableGemv().apply(func, target, tunable) if found is not None and overruns(func, target) else found
+        if found is None:
+            return None
+        return TunableGemv().apply(func, target, tunable) if overruns(func, target) else found
 
 
 def _gemv(target: DeviceTarget) -> Any:

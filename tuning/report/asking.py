@@ -2,7 +2,8 @@
 
 A rule declines by returning None and says nothing more. Python can tell where: while a rule runs, a trace function
 (sys.settrace) notes, for frames of the rules' packages alone, the line each call returned from. The line's enclosing
-`if` is the condition that failed, and a call in that condition that returned None is followed in turn.
+`if` is the condition that failed, and a call in that condition that returned None is followed in turn; so is one that
+raised what the rule then caught.
 """
 
 from __future__ import annotations
@@ -97,6 +98,11 @@ class _Call:
     error_line: int = 0
     calls: list[_Call] = field(default_factory=list)
 
+    @property
+    def raised(self) -> bool:
+        """Whether it ended with the exception; Python reports that as a return of None from the line that raised."""
+        return bool(self.error) and self.value is None and self.line == self.error_line
+
 
 class _Watch:
     """Collects the tree of calls among the rules' own functions while it is entered; restores the tracer before."""
@@ -186,12 +192,14 @@ def _condition(call: _Call) -> tuple[str, set[int]]:
         return "", set()
     path = _path_to(function, call.line)
     leaf = path[-1]
+    if call.raised:
+        return _failure(call, leaf), _lines(leaf)
     if isinstance(leaf, ast.Return) and isinstance(leaf.value, ast.Call):
         return "", _lines(leaf)
     for parent, child in zip(path[-2::-1], path[:0:-1], strict=False):
         if isinstance(parent, ast.ExceptHandler):
-            failed = ast.unparse(_path_to(function, call.error_line)[-1]).splitlines()[0]
-            return f"{_first_line(call.error).rstrip(': ')} at {failed}", set()
+            failed = _path_to(function, call.error_line)[-1]
+            return _failure(call, failed), _lines(failed)
         if isinstance(parent, ast.If):
             negative = child in parent.orelse
             text = ast.unparse(parent.test)
@@ -199,6 +207,11 @@ def _condition(call: _Call) -> tuple[str, set[int]]:
             lines = _lines(parent.test) | _assignments(function, names, parent.lineno)
             return (f"not ({text})" if negative else text), lines
     return ("returned None", set()) if leaf is function else (ast.unparse(leaf).splitlines()[0], _lines(leaf))
+
+
+def _failure(call: _Call, statement: Any) -> str:
+    """What was raised, and by which statement."""
+    return f"{_first_line(call.error).rstrip(': ')} at {ast.unparse(statement).splitlines()[0]}"
 
 
 def _first_line(text: str) -> str:

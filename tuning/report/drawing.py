@@ -22,6 +22,7 @@ CHARACTER = 6.7  # width of a character in the drawings' font, pixels
 LINE, UNIT_LINE, PAD, INDENT = 19, 15, 4, 9
 INNERMOST = 270  # width that the deepest box keeps
 MAX_PLACES = 3  # buffers named in one statement; the rest are counted
+TILE_WIDTH, AXIS, BETWEEN = 340, 20, 8  # of the picture of a tile; AXIS: what the mark of S takes
 MIN_CELL = 3.0  # pixels between lines that still read as a grid
 
 
@@ -34,10 +35,8 @@ def draw_nest(nodes: tuple[Node, ...], title: str = "", standalone: bool = False
 
 
 def draw_tile(tile: Tile, standalone: bool = False) -> str:
-    """How a kernel cuts its matrix, in three steps: a block's part, a block's threads, a thread's elements."""
-    width, margin = 340, 1
-    inner = width - 2 * margin
-    parts: list[str] = []
+    """How a kernel cuts its matrix, in three pictures under their captions: a block's rows and one step of it, the
+    threads of a step, the elements of a thread. In all three S runs down and R to the right."""
     facts = {
         "ts": tile.ts,
         "tr": tile.tr,
@@ -51,43 +50,56 @@ def draw_tile(tile: Tile, standalone: bool = False) -> str:
         "tag-s": tile.tag_s,
         "tag-r": tile.tag_r,
     }
-    parts.append(f'<g class="tile"{_data(facts)}>')
-    y = _caption(parts, margin, 0, f"matrix {tile.rows} × {tile.columns} (S × R), {tile.dtype}")
-    share_s = min(1.0, tile.ts * tile.tile_s / tile.rows)
-    share_r = min(1.0, tile.tr * tile.tile_r / tile.columns)
-    band, step = max(5.0, 80 * share_s), max(4.0, inner * share_r)
-    parts.append(_rect("matrix", margin, y, inner, 80) + _rect("band", margin, y, inner, band))
-    parts.append(_rect("step", margin, y, step, band))
-    y = _caption(
-        parts,
-        margin,
-        y + 82,
-        f"a block: {tile.ts * tile.tile_s} rows, {_times(tile.steps, 'step')} of {tile.tr * tile.tile_r} columns",
-        f"{_times(tile.blocks, 'block')} in the grid",
-    )
+    parts: list[str] = [f'<g class="tile"{_data(facts)}>']
+    inner = TILE_WIDTH - AXIS - 1
+    y = _tile_matrix(parts, tile, inner)
+    y = _tile_threads(parts, tile, inner, y + BETWEEN)
+    y = _tile_elements(parts, tile, inner, y + BETWEEN)
+    parts.append("</g>")
+    return _svg(parts, TILE_WIDTH, y + 1, f"how {tile.buffer} is cut among threads", "tiles", standalone)
+
+
+def _tile_matrix(parts: list[str], tile: Tile, inner: float) -> float:
+    rows, columns, high = tile.ts * tile.tile_s, tile.tr * tile.tile_r, 80.0
+    exact = high * min(1.0, rows / tile.rows)
+    band, step = max(5.0, exact), max(4.0, inner * min(1.0, columns / tile.columns))
+    mine = f"a block's {_times(rows, 'row')}; {_times(tile.blocks, 'block')} in all"
+    glosses = [f"light blue: {mine}", f"green: one of its {tile.steps} steps, {columns} columns"]
+    if step >= inner:  # the green covers all of the blue
+        glosses = [f"green: {mine}", "a block takes its columns in one step"]
+    if band > exact:
+        glosses.append("(drawn taller than it is)")
+    y = _caption(parts, 0, f"the matrix: {tile.rows} × {tile.columns} (S × R), {tile.dtype}", *glosses)
+    y = _axes(parts, y, high)
+    parts.append(_rect("matrix", AXIS, y, inner, high) + _rect("band", AXIS, y, inner, band))
+    parts.append(_rect("step", AXIS, y, step, band))
+    return y + high
+
+
+def _tile_threads(parts: list[str], tile: Tile, inner: float, y: float) -> float:
     cell_w = inner / tile.tr
     cell_h = max(min(14.0, 2 * cell_w, 160 / tile.ts), 1.5)
     tall = cell_h * tile.ts
-    parts.append(_rect("threads", margin, y, inner, tall) + _grid(margin, y, inner, tall, tile.tr, tile.ts))
-    parts.append(_rect("one", margin, y, max(cell_w, 2), cell_h))
-    y = _caption(
-        parts,
-        margin,
-        y + tall + 2,
-        f"its threads: TS {tile.ts} × TR {tile.tr}",
-        f"S on {tile.tag_s or 'no axis'}, R on {tile.tag_r or 'no axis'}",
-    )
+    head = f"a block's threads: TS {tile.ts} × TR {tile.tr}"
+    where = f"S on {tile.tag_s or 'no axis'}, R on {tile.tag_r or 'no axis'}"
+    y = _axes(parts, _caption(parts, y, head, where, "orange: one thread"), tall)
+    parts.append(_rect("threads", AXIS, y, inner, tall) + _grid(AXIS, y, inner, tall, tile.tr, tile.ts))
+    parts.append(_rect("one", AXIS, y, max(cell_w, 2), cell_h))
+    return y + max(tall, LINE)
+
+
+def _tile_elements(parts: list[str], tile: Tile, inner: float, y: float) -> float:
     size = min(22.0, inner / max(tile.tile_r, 1))
-    high = min(size, 22.0) * tile.tile_s
-    parts.append(_rect("elements", margin, y, size * tile.tile_r, high))
-    parts.append(_grid(margin, y, size * tile.tile_r, high, tile.tile_r, tile.tile_s))
+    high = size * tile.tile_s
+    vectors = f"in vectors of {tile.vec} (the heavy frames)" if tile.vec > 1 else "one element at a time"
+    head = f"a thread's part of a step: TILE_S {tile.tile_s} × TILE_R {tile.tile_r}"
+    y = _axes(parts, _caption(parts, y, head, vectors), high)
+    parts.append(_rect("elements", AXIS, y, size * tile.tile_r, high))
+    parts.append(_grid(AXIS, y, size * tile.tile_r, high, tile.tile_r, tile.tile_s))
     if tile.vec > 1:
         for i in range(max(1, tile.tile_r // tile.vec)):
-            parts.append(_rect("vec", margin + i * tile.vec * size, y, tile.vec * size, high))
-    vectors = f"in vectors of {tile.vec} (the heavy frames)" if tile.vec > 1 else "one element at a time"
-    y = _caption(parts, margin, y + high + 2, f"a thread's part: TILE_S {tile.tile_s} × TILE_R {tile.tile_r}", vectors)
-    parts.append("</g>")
-    return _svg(parts, width, y, f"how {tile.buffer} is cut among threads", "tiles", standalone)
+            parts.append(_rect("vec", AXIS + i * tile.vec * size, y, tile.vec * size, high))
+    return y + max(high, LINE)
 
 
 def text_nest(nodes: tuple[Node, ...]) -> str:
@@ -97,7 +109,7 @@ def text_nest(nodes: tuple[Node, ...]) -> str:
     def add(nodes: tuple[Node, ...], depth: int) -> None:
         for node in nodes:
             if isinstance(node, Loop):
-                lines.append("  " * depth + _loop_label(node) + f"  {node.variable}" + _note(node))
+                lines.append("  " * depth + _loop_label(node) + f"  {node.variable}  {_note(node)}".rstrip())
             elif isinstance(node, Branch):
                 lines.append("  " * depth + f"if {node.condition}")
             else:
@@ -128,7 +140,8 @@ def _draw(parts: list[str], node: Node, x: float, y: float, width: float, depth:
         label = _loop_label(node) + (f"  (×{node.repeats} such loops)" if node.repeats > 1 else "")
         parts.append(_text(x + 5, y + line - 5, label, "head", width - 10))
         room = width - 16 - CHARACTER * len(label)
-        rest = node.variable + _note(node)
+        note = _note(node)
+        rest = f"{note} · {node.variable}" if note else node.variable  # of the two a name may be cut
         if room > 30:
             parts.append(_text(x + 12 + CHARACTER * len(label), y + line - 5, rest, "dim", room))
         facts = {
@@ -147,7 +160,8 @@ def _draw(parts: list[str], node: Node, x: float, y: float, width: float, depth:
     else:
         top = _statement(parts, node, x, y, width)
         facts = {"name": node.name, "writes": " ".join(place.buffer for place in node.writes), "depth": depth}
-        cls, title = "stage", f"{node.name}: {', '.join(map(_place_label, node.writes))}"
+        reads = ", ".join(place.buffer for place in node.reads if place not in node.writes)
+        cls, title = "stage", f"{node.name}: {', '.join(map(_place_label, node.writes))}{' ← ' if reads else ''}{reads}"
     bottom = _draw_all(parts, node.children, x + INDENT, top, width - 2 * INDENT, depth + 1) if node.children else top
     bottom += PAD
     parts[at] = (
@@ -223,9 +237,9 @@ def _loop_label(loop: Loop) -> str:
 def _note(loop: Loop) -> str:
     for note in loop.notes:
         if note.startswith("pragma_auto_unroll_max_step"):
-            return f"  unrolled up to {note.rpartition(' ')[2]} steps"
+            return f"unrolled up to {note.rpartition(' ')[2]} steps"
         if note.startswith("software_pipeline_stage"):
-            return "  software pipeline"
+            return "software pipeline"
     return ""
 
 
@@ -233,11 +247,19 @@ def _depth(nodes: tuple[Node, ...]) -> int:
     return max((1 + _depth(node.children) for node in nodes), default=0)
 
 
-def _caption(parts: list[str], x: float, y: float, first: str, second: str = "") -> float:
-    parts.append(_text(x, y + 13, first, "head", 400))
-    if second:
-        parts.append(_text(x, y + 27, second, "dim", 400))
-    return y + (34 if second else 19)
+def _caption(parts: list[str], y: float, head: str, *glosses: str) -> float:
+    """What stands above a picture of a tile; returns where the picture may begin."""
+    parts.append(_text(0, y + 13, head, "head", TILE_WIDTH))
+    for i, gloss in enumerate(glosses, 1):
+        parts.append(_text(0, y + 13 + 14 * i, gloss, "dim", TILE_WIDTH))
+    return y + 18 + 14 * len(glosses)
+
+
+def _axes(parts: list[str], y: float, high: float) -> float:
+    """Marks of the axes left of a picture and above it; returns the picture's top."""
+    parts.append(_text(AXIS, y + 11, "R →", "dim", 40))
+    parts.append(_text(0, y + 15 + min(high / 2 + 4, 48), "S↓", "dim", 40))
+    return y + 15
 
 
 def _times(count: int, what: str) -> str:

@@ -4,7 +4,7 @@ called. `page` and `terminal` write it down."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tuning.report.tile import Tile
 
 EXAMPLE_TOKENS = 322  # of the prompt, and in the cache at decode, where a size is symbolic: the study's prompt
+CLOSE = 6  # functions that are listed where a name fits several
 GENERATES = ("decode", "greedy", "sample", "propose", "verify", "speculate", "decide", "stream", "look")
 
 
@@ -120,21 +121,26 @@ class Report:
 Progress = Callable[[str, float], None]
 
 
-def choose(names: Sequence[str], wanted: str | None) -> list[str]:
-    """The functions to report: all, or the one of this name.
+def choose(roles: Mapping[str, str], wanted: str | None) -> list[str]:
+    """The functions to report: all, or the one of this name, or the only one in whose name and role (`roles`: by name)
+    each of these words occurs.
 
     Raises:
-        UserError: there is none; it lists names that are close.
+        UserError: there is none, or there are several; it lists names that are close.
     """
     if wanted is None:
-        return list(names)
-    if wanted in names:
+        return list(roles)
+    if wanted in roles:
         return [wanted]
-    # the name's own parts find "NT_matmul" in "fused_NT_matmul_add"; difflib finds misspellings
-    close = [name for name in names if wanted.lower() in name.lower()] or difflib.get_close_matches(
-        wanted, names, n=5, cutoff=0.4
-    )
-    there = f"close to it: {', '.join(close[:8])}" if close else f"there are {', '.join(names)}"
+    words = wanted.lower().split()
+    fit = [name for name, role in roles.items() if words and all(word in f"{name} {role}".lower() for word in words)]
+    if len(fit) == 1:
+        return fit
+    if fit:
+        listed = ", ".join(f"{name} ({roles[name]})" for name in fit[:CLOSE]) + (", ..." if len(fit) > CLOSE else "")
+        raise UserError(f"--function {wanted}: it fits {len(fit)} functions; close to it: {listed}")
+    close = difflib.get_close_matches(wanted, list(roles), n=5, cutoff=0.4)
+    there = f"close to it: {', '.join(close)}" if close else f"there are {', '.join(roles)}"
     raise UserError(f"--function {wanted}: the compiled model has no such function; {there}")
 
 
@@ -155,7 +161,7 @@ def collect(plan: Plan, model: str, function: str | None = None, progress: Progr
     lowered, _ = lower_plan(plan)
     table = function_table(lowered, plan)
     rows = {row["name"]: row for row in table["functions"]}
-    names = choose(list(rows), function)
+    names = choose({name: row["role"] for name, row in rows.items()}, function)
     say("asking the rules", 0.25)
     asked = {name: _ask(plan, lowered, name) for name in names}
     baselines = {name: _baseline(plan, lowered, name, rows[name]["rule"]) for name in names}

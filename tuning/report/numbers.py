@@ -13,7 +13,7 @@ UNKNOWN = "–"
 # What `tuning.static` may know of a kernel, in the order of the page: (key, heading)
 RESOURCES = (
     ("registers", "registers a thread"),
-    ("shared_bytes", "shared memory, bytes a block"),
+    ("shared_bytes", "shared memory as compiled, bytes a block"),
     ("spill_bytes", "spilled, bytes"),
     ("widest_load_bytes", "widest load, bytes"),
     ("vector_bits", "widest vector, bits"),
@@ -23,6 +23,10 @@ RESOURCES = (
     ("notes", "notes"),
 )
 TOP_INSTRUCTIONS = 6
+OTHER_SHARED = (
+    "Shared memory as compiled is not what the TIR asks for: the compiler adds room for sums across threads, and gives "
+    "buffers that are never needed at once the same room."
+)
 
 
 def amount(value: float | None, unit: str = "") -> str:
@@ -50,8 +54,9 @@ def launch(extents: list[Text] | None) -> str:
     return " × ".join(str(extent) if isinstance(extent, int) else f"({extent})" for extent in shown)
 
 
-def resource_table(function: FunctionReport) -> dict[str, Any]:
-    """{columns: a heading a kernel, of the function's own rule and then of baseline; rows: (what, a cell a kernel)}.
+def resource_table(function: FunctionReport, kind: str) -> dict[str, Any]:
+    """{columns: a heading a kernel, of the function's own rule and then of baseline; rows: (what, a cell a kernel);
+    title: for which architecture that was compiled; note: where it matters, why shared memory is not what TIR asks}.
 
     Rows of which nothing is known are left out; so are columns of kernels that nothing is known about.
     """
@@ -69,7 +74,22 @@ def resource_table(function: FunctionReport) -> dict[str, Any]:
         for key, heading in RESOURCES
         if any(kernel.get(key) not in (None, (), {}, "") for kernel in kernels)
     ]
-    return {"columns": columns, "rows": rows}
+    own = [row.get("shared_bytes") or 0 for row in function.after.resources]
+    asked = function.shared_memory_bytes
+    differs = bool(own) and isinstance(asked, int) and max(own) != asked
+    return {
+        "columns": columns,
+        "rows": rows,
+        "title": _title(kernels, kind),
+        "note": OTHER_SHARED if differs and kind != "cpu" else "",
+    }
+
+
+def _title(kernels: list[dict[str, Any]], kind: str) -> str:
+    if kind in ("webgpu", "metal"):  # compiled where they run
+        return "by the shader's source"
+    archs = dict.fromkeys(str(kernel["arch"]) for kernel in kernels if kernel.get("arch"))
+    return f"as compiled for {', '.join(archs)}" if archs else ""
 
 
 def _cell(key: str, value: Any) -> str:

@@ -63,7 +63,7 @@ def _view(report: Report, function: FunctionReport) -> dict[str, Any]:
         "baseline_diff": _diff(after.tir, baseline.tir) if baseline is not None else None,
         "source": _sources(after.kernels, report.kind, limit),
         "baseline_source": _sources(baseline.kernels, report.kind, limit) if baseline is not None else None,
-        "resources": resource_table(function),
+        "resources": resource_table(function, report.kind),
     }
 
 

@@ -51,7 +51,8 @@ def _function(report: Report, f: FunctionReport, whole: bool) -> Iterator[str]:
     if f.bound_us is not None:
         yield f"- at best {ratio(f.bound_us)} µs, set by {'memory' if f.memory_bound else 'arithmetic'}"
     if f.grid is not None:
-        yield f"- grid {launch(f.grid)}, block {launch(f.block)}, shared memory {f.shared_memory_bytes} B a block"
+        shared = f"the TIR asks for {f.shared_memory_bytes} B of shared memory a block"
+        yield f"- grid {launch(f.grid)}, block {launch(f.block)}; {shared}"
     yield f"- {', '.join(f'{b.name} {b.shape} {b.dtype}' for b in f.buffers)}"
     yield ""
     yield from _rules(f)
@@ -100,13 +101,15 @@ def _detail(report: Report, f: FunctionReport) -> Iterator[str]:
         lines = kernel.text.splitlines()
         cut = f", the first {SOURCE_LINES} of {len(lines)} lines" if len(lines) > SOURCE_LINES else ""
         yield from _fenced(f"{report.language}, {kernel.name}{cut}:", "\n".join(lines[:SOURCE_LINES]), "")
-    table = resource_table(f)
+    table = resource_table(f, report.kind)
     if table["rows"]:
-        yield f"| resources | {' | '.join(table['columns'])} |"
+        yield f"| resources{', ' + table['title'] if table['title'] else ''} | {' | '.join(table['columns'])} |"
         yield f"| --- |{' --- |' * len(table['columns'])}"
         for heading, cells in table["rows"]:
             yield f"| {heading} | {' | '.join(cells)} |"
         yield ""
+        if table["note"]:
+            yield from (table["note"], "")
     if f.baseline is None:
         yield f"Under baseline: {f.baseline_note}."
 

@@ -68,7 +68,7 @@ def _tile_matrix(parts: list[str], tile: Tile, inner: float) -> float:
     if step >= inner:  # the green covers all of the blue
         glosses = [f"green: {mine}", "a block takes its columns in one step"]
     if band > exact:
-        glosses.append("(drawn taller than it is)")
+        glosses.append("(the band is drawn taller than it is)")
     y = _caption(parts, 0, f"the matrix: {tile.rows} × {tile.columns} (S × R), {tile.dtype}", *glosses)
     y = _axes(parts, y, high)
     parts.append(_rect("matrix", AXIS, y, inner, high) + _rect("band", AXIS, y, inner, band))

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,10 +41,15 @@ def write_artifact(
     say: Progress = lambda what, share: None,
     weights: bool = True,
     page: bool = True,
+    adapter: Sequence[str] | None = None,
 ) -> None:
-    """`compile_model` from a plan on. lowered: of `lower_plan`, where it is at hand; other arguments as there."""
+    """`compile_model` from a plan on.
+
+    lowered: of `lower_plan`, where it is at hand. adapter: what the one WebGPU adapter that will run this meets
+    (`wgpu_device.Device.meets`), so that kernels for others are left out. Other arguments as there.
+    """
     with replacing_folder(final) as work:
-        seconds = _fill(work, source, plan, lowered, dump_ir, say, weights, page)
+        seconds = _fill(work, source, plan, lowered, dump_ir, say, weights, page, adapter)
     say(f"wrote {final} in {seconds:.1f} s", 1.0)
 
 
@@ -56,6 +62,7 @@ def _fill(
     say: Progress,
     weights: bool,
     page: bool,
+    adapter: Sequence[str] | None,
 ) -> float:
     """Fill the folder of an artifact; returns the seconds it took."""
     from gpt2_tvm.inventory import function_table
@@ -92,7 +99,7 @@ def _fill(
     elif plan.target.kind == "webgpu":
         from gpt2_tvm.kernel_list import write_kernel_list
 
-        write_kernel_list(work, lowered, plan, executable)
+        write_kernel_list(work, lowered, plan, adapter)
         if page:
             say(f"linking {web.MODULE}", 0.5)
             libraries += web.write_module(lowered.final, plan.target, work, lambda what: say(what, 0.0))

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +52,10 @@ KERNEL_LIST = "kernels.json"
 Ref = list[Any]
 
 
-def write_kernel_list(work: Path, lowered: Lowered, plan: Plan, executable: Any) -> None:
+def write_kernel_list(work: Path, lowered: Lowered, plan: Plan, adapter: Sequence[str] | None = None) -> None:
     """Write `work`/kernels.json beside the kernels.wgsl that `toolchains.webgpu.export` wrote.
 
+    adapter: variants that ask for anything else of an adapter are left out; None keeps all.
     Raises RuntimeError where a function does what a list of launches cannot say, or names a kernel that
     kernels.wgsl lacks.
     """
@@ -78,7 +80,7 @@ def write_kernel_list(work: Path, lowered: Lowered, plan: Plan, executable: Any)
             asked = (len(launch["buffers"]), len(launch["scalars"]))
             if shader is None or asked != (len(shader.bindings), len(shader.scalars)):
                 raise RuntimeError(f"{name} launches {launch['kernel']}{asked}, which {KERNELS} does not have")
-    variants = _write_variants(work, lowered, plan, launches, windows)
+    variants = _write_variants(work, lowered, plan, launches, windows, adapter)
     text = json.dumps({"format": FORMAT, "functions": listed, "variants": variants}, separators=(",", ":"))
     (work / KERNEL_LIST).write_text(text + "\n", encoding="utf-8")
 
@@ -140,13 +142,20 @@ def _replace_kernels(file: Path, sources: dict[str, str]) -> None:
 
 
 def _write_variants(
-    work: Path, lowered: Lowered, plan: Plan, launches: dict[str, list[HostLaunch]], windows: Windows
+    work: Path,
+    lowered: Lowered,
+    plan: Plan,
+    launches: dict[str, list[HostLaunch]],
+    windows: Windows,
+    adapter: Sequence[str] | None,
 ) -> list[dict[str, Any]]:
-    """The files of all variants, and what kernels.json says of them."""
+    """The files of all variants that an adapter can use, and what kernels.json says of them."""
     target = plan.target.tvm_target()
     unscheduled = {var.name_hint: func for var, func in lowered.fused.functions_items()}
     listed = []
     for variant in VARIANTS:
+        if adapter is not None and not set(variant.requires) <= set(adapter):
+            continue
         functions = variant_functions(variant, unscheduled, lowered.hits, target)
         if not functions:
             continue

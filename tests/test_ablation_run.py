@@ -197,7 +197,7 @@ def rows_of(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]
 @pytest.mark.heavy
 def test_on_a_webgpu_device_with_times_of_functions(tiny_model: Path, tmp_path: Path) -> None:
     device()
-    arguments = ("--target", "webgpu", "--sets", "baseline,only-matmul", "--repeats", "2", "--functions")
+    arguments = ("--target", "webgpu", "--sets", "baseline,only-matmul,full", "--repeats", "2", "--functions")
     rows = rows_of(run(tmp_path, tiny_model, *arguments, "--format", "json"))
     for row in rows.values():
         assert row["status"] == "ok" and row["prefill_tok_s"] > 0 and row["decode_tok_s"] > 0
@@ -206,6 +206,7 @@ def test_on_a_webgpu_device_with_times_of_functions(tiny_model: Path, tmp_path: 
             assert sum(shares) == pytest.approx(1) and row["shares"]["ours"][phase] > 0
     assert "matmul" not in rows["baseline"]["hits"] and rows["only-matmul"]["shares"]["matmul"]["prefill"] > 0
     assert list(tmp_path.rglob("kernels.json")) and not list(tmp_path.rglob("model.wasm"))  # wgpu has no use for it
+    assert list(tmp_path.rglob("kernels.software.wgsl")) and not list(tmp_path.rglob("kernels.swiftshader.wgsl"))
     done = run(tmp_path, tiny_model, *arguments, "--report", "--compare", "baseline,only-matmul")
     assert "prefill us, only-matmul" in done.stdout and " % / " in done.stdout
 

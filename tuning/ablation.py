@@ -189,7 +189,7 @@ def main(
 
     where = where_of(plan.target, page or device, tracker, key)
     cache = str(FOLDER / "cache")
-    asked = {"prompt_tokens": prompt_tokens, "generate_tokens": generate}
+    asked: dict[str, Any] = {"prompt_tokens": prompt_tokens, "generate_tokens": generate}
     sizes = {name: count for name, count in asked.items() if count is not None}
     job = Job(model, target, quantization, attention, seed, device=where, cache=cache, toggles=plan.toggles, **sizes)
     run = Ablation(

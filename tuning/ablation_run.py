@@ -84,8 +84,8 @@ class Ablation:
         started = time.monotonic()
         how = ablation_reference.choose(self.reference, self.job.quantization, self.target.kind)
         self._device = self._need(run_once("device", ablation_work.probe, self.job, timeout_s=self.timeout_s))
-        if self._device.get("software"):
-            self.job = replace(self.job, **self.lighter)
+        lighter = self.lighter if self._device.get("software") else {}
+        self.job = replace(self.job, adapter=self._device.get("adapter"), **lighter)
         self._check_fits()
         with Journal.begin(self.records, self._header(how), self.fresh) as journal:
             self._compiled, before = 0, self.records.stat().st_size

@@ -36,6 +36,7 @@ class Job:
         device: as for `Engine`.
         cache: the folder for artifacts and the reference.
         toggles: what a set is of: "rules", or "passes" (then with the target's full rules).
+        adapter: as for `write_artifact`.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Job:
     device: str | None = None
     cache: str = "artifacts/ablation/cache"
     toggles: str = "rules"
+    adapter: tuple[str, ...] | None = None
 
     def choices(self, names: str) -> tuple[str, str]:
         """(rules, passes), as `compile_model` takes them, of a set: names with commas between, or baseline for none."""
@@ -68,7 +70,7 @@ class Job:
 
 def probe(announce: Announce, job: Job) -> dict[str, Any]:
     """The device that would run the target's code: {"device": its name, "memory_bytes": of a GPU, or None, "software":
-    whether a GPU's code would run on the CPU}.
+    whether a GPU's code would run on the CPU, "adapter": `Job.adapter`}.
 
     Raises UserError where this machine has none.
     """
@@ -94,12 +96,14 @@ def probe(announce: Announce, job: Job) -> dict[str, Any]:
         return {"device": processor_name(), "memory_bytes": None}
     if target.kind == "webgpu":
         from gpt2_tvm.runners.wgpu import open_device
+        from gpt2_tvm.schedules.webgpu_variants import VARIANTS
 
         device = open_device(job.device)
         # wgpu does not tell a GPU's memory; a software device has the machine's
         memory = None if device.is_software else 2 << 30
         name = f"{device.name} on {processor_name()}" if device.is_software else device.name
-        return {"device": name, "memory_bytes": memory, "software": device.is_software}
+        met = tuple(sorted({one for variant in VARIANTS for one in variant.requires if device.meets(one)}))
+        return {"device": name, "memory_bytes": memory, "software": device.is_software, "adapter": met}
     import tvm
 
     if target.kind == "cuda":
@@ -195,6 +199,8 @@ def lower(announce: Announce, job: Job, rules: str) -> tuple[dict[str, Any], tup
     }
     if job.in_a_page:
         made_of["page"] = True  # an artifact for wgpu alone has no model.wasm
+    if job.adapter is not None:
+        made_of["adapter"] = job.adapter
     del made_of["target"]["rules"]  # what they did is in the module
     functions = [{key: row[key] for key in ("name", "role", "rule", "kernels", "calls")} for row in rows]
     facts = {
@@ -241,7 +247,7 @@ def build(announce: Announce, job: Job, rules: str, made_from: str) -> dict[str,
             return {"artifact": folder.name, "compile_s": None}
         start = time.perf_counter()
         say = lambda what, share: announce(what) if share else None  # noqa: E731
-        write_artifact(folder, source, plan, lowered, say=say, page=job.in_a_page)
+        write_artifact(folder, source, plan, lowered, say=say, page=job.in_a_page, adapter=job.adapter)
         ablation_cache.keep_one_copy(folder)
     return {"artifact": folder.name, "compile_s": round(time.perf_counter() - start, 2)}
 
@@ -282,7 +288,7 @@ class Subject:
 
         The fastest, because what disturbs a turn only ever adds: on a shared host a neighbour slows a core to half for
         a second or two. On a software device one cycle is as long as such a burst: there decoding is taken in parts,
-        of which the fastest counts, and further cycles end with the first part.
+        of which the fastest counts, and further cycles are there for the prefill alone.
         """
         prefills: list[float] = []
         decodes: list[float] = []
@@ -292,8 +298,9 @@ class Subject:
         while True:
             prefill_s, decode_s = self._cycle(generate, parts if not prefills else 1)
             prefills.append(prefill_s)
-            decodes.append(decode_s * self._job.generate_tokens / generate)
-            generate = self._job.generate_tokens // parts
+            if parts == 1 or not decodes:
+                decodes.append(decode_s)
+            generate = 1 if parts > 1 else generate
             # by the clock on the wall: through RPC a cycle takes longer than what it times
             spent = sum(prefills) if parts > 1 else time.perf_counter() - start
             enough = len(prefills) >= FEWEST_CYCLES or spent / len(prefills) > SHORT_S

@@ -162,13 +162,16 @@ def export_module(plan: Plan) -> tuple[Any, list[str]]:
     return mod, [name for name, _ in params]
 
 
-def lower_plan(plan: Plan, dump_ir: Path | None = None) -> tuple[Lowered, list[str]]:
-    """Export and run the pipeline; nothing is built for the device yet."""
+def lower_plan(
+    plan: Plan, dump_ir: Path | None = None, exported: tuple[Any, list[str]] | None = None
+) -> tuple[Lowered, list[str]]:
+    """Export and run the pipeline; nothing is built for the device yet. exported: of `export_module`, where it is at
+    hand."""
     from gpt2_tvm.pipeline import lower
 
     if plan.target.kind in ("cuda", "metal"):
         tensor_intrin.load(plan.target.kind)
-    mod, names = export_module(plan)
+    mod, names = exported or export_module(plan)
     batch = max(plan.batch_sizes)
     bounds = {
         "prefill": {"b": batch, "n": plan.max_seq_len},

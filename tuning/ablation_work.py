@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ FEWEST_CYCLES = 3  # of short ones: the first of a turn finds its threads asleep
 SHORT_S = 0.5
 # Sizes on a software device where none are asked for: plain loops take up to ten seconds for the study's 322 tokens.
 LIGHTER = {"prompt_tokens": 64, "generate_tokens": 32}
-PARTS, PREFILLS_S = 8, 1.5  # on a software device: parts of decoding, seconds of prefills in a turn
+PARTS, PREFILLS_S = 8, 1.0  # on a software device: parts of decoding, seconds of prefills in a turn
 FEWEST_STEPS = 5  # of decode whose functions are timed
 
 
@@ -156,7 +157,9 @@ def schedule(announce: Announce, job: Job, rules: str) -> dict[str, Any]:
     return lower(announce, job, rules)[0]
 
 
-def lower(announce: Announce, job: Job, rules: str) -> tuple[dict[str, Any], tuple[Any, Any, Any]]:
+def lower(
+    announce: Announce, job: Job, rules: str, cached: bool = False
+) -> tuple[dict[str, Any], tuple[Any, Any, Any]]:
     """Lower a rule set without building it: {"code": digest of the scheduled module and of all else that decides an
     artifact, "functions": name, role, rule, kernels and calls of each, as in the manifest, "launches_prefill",
     "launches_token", "bytes_token": of a greedy step after the prompt, what its functions must move}; and what
@@ -181,8 +184,9 @@ def lower(announce: Announce, job: Job, rules: str) -> tuple[dict[str, Any], tup
         source.config, target, job.quantization, names[0], job.attention, (1,), None, widths, passes=names[1]
     )
     announce("lowering and scheduling")
+    exported = _exported(job, plan, target) if cached else None
     with target.tvm_target():
-        lowered, names_of_weights = lower_plan(plan)
+        lowered, names_of_weights = lower_plan(plan, exported=exported)
         announce("scheduled: listing functions")
         table = function_table(lowered, plan)
     rows = table["functions"]
@@ -213,6 +217,30 @@ def lower(announce: Announce, job: Job, rules: str) -> tuple[dict[str, Any], tup
     return facts, (source, plan, (lowered, names_of_weights))
 
 
+def _exported(job: Job, plan: Any, target: Any) -> tuple[Any, list[str]]:
+    """`build.export_module`, done once for all sets of rules: it takes as long as rules and passes together."""
+    import tvm
+    from filelock import FileLock
+
+    from gpt2_tvm.build import export_module
+    from gpt2_tvm.files import replacing_file
+
+    cache = Path(job.cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    made_of = [target.to_json(), plan.config.to_json(), asdict(plan.scheme), plan.attention, str(plan.step)]
+    file = cache / f"exported-{ablation_cache.digest([*made_of, ablation_cache.sources()])}.json"
+    with FileLock(file.with_suffix(".lock")):  # sets compile side by side: the first one exports
+        if file.is_file():
+            names, text = json.loads(file.read_text(encoding="utf-8"))
+            return tvm.ir.load_json(text), names
+        with target.tvm_target():
+            module, names = export_module(plan)
+        if not (module.attrs and "external_mods" in module.attrs):  # objects of a compiler's, which JSON does not hold
+            with replacing_file(file) as out:
+                out.write(json.dumps([names, tvm.ir.save_json(module)]).encode())
+    return module, names
+
+
 def bytes_of(rows: list[dict[str, Any]], call: str, prompt_tokens: int) -> int | None:
     """Bytes that the functions of one call at batch 1 must move, each its own arguments, after a prompt; None where one
     of them does not say."""
@@ -238,7 +266,7 @@ def build(announce: Announce, job: Job, rules: str, made_from: str) -> dict[str,
     from targets import load_target, specialise
 
     toolchains.prepare(specialise(load_target(job.target)))
-    facts, (source, plan, lowered) = lower(announce, job, rules)
+    facts, (source, plan, lowered) = lower(announce, job, rules, cached=True)
     announce("scheduled", facts)
     folder = ablation_cache.artifact_folder(Path(job.cache), facts["code"], made_from)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -90,7 +90,7 @@ def test_a_hang_or_a_fault_is_a_row_and_the_others_go_on(
     for name in ("a-dies", "b-hangs", "c-right"):
         shutil.copytree(path, kit / name)
     monkeypatch.setattr(correctness, "check", hangs_or_dies)
-    found = correctness.check_all(kit, tmp_path, None, Clock(300), 6.0)
+    found = correctness.check_all(kit, tmp_path, None, Clock(300), 30.0)
     kinds = {row["artifact"]: (row["ok"], row["failure"]) for row in found["rows"]}
     assert kinds == {"a-dies": (False, "error"), "b-hangs": (False, "timeout"), "c-right": (True, "")}
     assert "illegal memory access" in found["rows"][0]["message"] and not found["complete"] and not found["left"]
@@ -103,14 +103,14 @@ def test_a_hang_or_a_fault_is_a_row_and_the_others_go_on(
 
     monkeypatch.setattr(correctness, "alone", planted)
     shutil.copytree(path, kit / "d-new")
-    found = correctness.check_all(kit, tmp_path, None, Clock(300), 6.0)
+    found = correctness.check_all(kit, tmp_path, None, Clock(300), 30.0)
     assert seen == ["d-new", "a-dies", "b-hangs"] and found["complete"]  # what was not looked at first
-    correctness.check_all(kit, tmp_path, None, Clock(300), 6.0)
+    correctness.check_all(kit, tmp_path, None, Clock(300), 30.0)
     assert len(seen) == 3
     monkeypatch.setattr(correctness, "code_of", lambda path: "another build")
     late = Clock(300)
     late.end = time.monotonic() + 50  # of which nothing is begun
-    found = correctness.check_all(kit, tmp_path, None, late, 6.0)
+    found = correctness.check_all(kit, tmp_path, None, late, 30.0)
     assert len(seen) == 3 and len(found["left"]) == 4 and not found["rows"]
 
 

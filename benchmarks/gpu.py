@@ -25,6 +25,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,7 +39,9 @@ def _enter_kit() -> None:
     sys.path.insert(0, str(HERE))
     if not (HERE / "kit.json").is_file():
         if __name__ == "__main__" and not all(map(find_spec, ("typer", "tvm", "gpt2_tvm"))):
-            _hand_over()
+            from gpu_bench.unpacking import hand_over
+
+            hand_over(PACKED)
         return
     made_for, python = json.loads((HERE / "kit.json").read_text())["python"], "{}.{}".format(*sys.version_info)
     if made_for != python:
@@ -46,24 +49,6 @@ def _enter_kit() -> None:
     os.environ["TVM_USE_RUNTIME_LIB"] = "1"
     os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")  # it would compile an exchange that we do not make
     sys.path.insert(0, str(HERE / "lib"))
-
-
-def _hand_over() -> None:
-    """On a bare Python: go on in the packed kit that --kit names, which brings what is missing here."""
-    from gpu_bench.unpacking import KitError, unpacked
-
-    given = [word.removeprefix("--kit=") for word in sys.argv[1:]]
-    kit = PACKED
-    for i, word in enumerate(sys.argv[1:]):
-        if word == "--kit" and i + 1 < len(given):
-            kit, given = Path(given[i + 1]), given[:i] + given[i + 2 :]
-        elif word.startswith("--kit="):
-            kit, given = Path(given[i]), given[:i] + given[i + 1 :]
-    try:
-        folder = unpacked(kit)
-    except KitError as error:
-        sys.exit(f"error: {error}")
-    os.execv(sys.executable, [sys.executable, str(folder / "gpu.py"), *given])
 
 
 PACKED = Path("gpu-kit.tar.xz")
@@ -130,20 +115,11 @@ def correctness(
     from gpu_bench.correctness import check_all
     from gpu_bench.crew import Clock
     from gpu_bench.machine import require_torch
+    from gpu_bench.pieces import complaints
 
     require_torch("cpu")
     found = check_all(kit, results, model, Clock(limit), each)
-    _print(results)
-    wrong = [
-        f"{row['artifact']} ({row.get('failure') or 'wrong'}: {row.get('message') or row.get('refused') or 'numbers'})"
-        for row in found["rows"]
-        if not row["ok"]
-    ]
-    lines = [f"failed: {', '.join(wrong)}"] if wrong else []
-    if found["left"]:
-        lines.append(f"no time for: {', '.join(found['left'])}; the same command goes on from here")
-    if lines:
-        raise UserError("; ".join(lines))
+    _finish(results, complaints(found))
 
 
 @app.command()
@@ -163,7 +139,7 @@ def ours(
     from gpu_bench.runs import ablation, find_artifacts
 
     groups = [ablation(find_artifacts(kit, model, q)) for q in quantization.split(",")]
-    _run("ours", groups, batch, prompt_tokens, generate, repeats, limit, device, results)
+    Timing(batch, prompt_tokens, generate, repeats, device, results).run("ours", groups, limit)
 
 
 @app.command()
@@ -186,7 +162,7 @@ def peers(
 
     require_torch(device)
     groups = [beside_torch(_full(kit, model, q), modes.split(",")) for q in quantization.split(",")]
-    _run("peers", groups, batch, prompt_tokens, generate, repeats, limit, device, results)
+    Timing(batch, prompt_tokens, generate, repeats, device, results).run("peers", groups, limit)
 
 
 @app.command()
@@ -208,15 +184,14 @@ def sizes(
 ) -> None:
     """Every model, precision, batch and length: ours at its best beside torch."""
     from gpu_bench.crew import Clock
-    from gpu_bench.runs import sizes_parts
+    from gpu_bench.runs import beside_torch, sizes_parts
 
+    timing = Timing(batch, prompt_tokens, generate, repeats, device, results)
     failed, incomplete = [], []
     clock = Clock(limit)
     for part, model, q, chosen in sizes_parts(models, quantization, modes, then):
         try:
-            result = _measure(
-                part, [_entries(kit, model, q, chosen)], batch, prompt_tokens, generate, repeats, clock, device, results
-            )
+            result = timing.measure(part, [beside_torch(_full(kit, model, q), chosen)], clock)
             failed += [f"{model} {q}: {row['message']}" for row in result["failures"]]
             incomplete += [] if result["complete"] else [f"{model} {q}"]
         except UserError as error:  # the others go on
@@ -240,7 +215,7 @@ def kernels(
     device: Device = "cuda",
 ) -> None:
     """The LM head beside the copy bandwidth, and each product of a prefill beside torch's (cuBLAS)."""
-    from gpu_bench.extra import kernels_part
+    from gpu_bench.kernels import kernels_part
     from gpu_bench.machine import require_torch
 
     require_torch(device)
@@ -259,7 +234,7 @@ def replays(
     device: Device = "cuda",
 ) -> None:
     """Many replays of the decode graph: memory must not grow, and the ids must be those of plain launches."""
-    from gpu_bench.extra import replays_part
+    from gpu_bench.replays import replays_part
 
     paths = [_full(kit, model, q) for q in quantization.split(",")]
     _finish(results, replays_part(paths, count, device, limit, results))
@@ -274,8 +249,8 @@ def sanitizer(
     limit: Limit = LIMIT_S,
 ) -> None:
     """compute-sanitizer on a small model, where it is on PATH."""
-    from gpu_bench.extra import sanitizer_part
     from gpu_bench.runs import find_artifacts
+    from gpu_bench.sanitizer import sanitizer_part
 
     _finish(results, sanitizer_part(find_artifacts(kit, model), tool.split(","), limit, results))
 
@@ -348,48 +323,33 @@ def _full(kit: Path, model: str, quantization: str) -> Path:
     return full[0]
 
 
-def _entries(kit: Path, model: str, quantization: str, modes: list[str]) -> list[Entry]:
-    from gpu_bench.runs import beside_torch
+@dataclass(frozen=True)
+class Timing:
+    """What the timed parts are asked for."""
 
-    return beside_torch(_full(kit, model, quantization), modes)
+    batch: str
+    prompt_tokens: int
+    generate: str
+    repeats: int
+    device: str
+    results: Path
 
+    def measure(self, part: str, groups: list[list[Entry]], clock: Clock) -> dict[str, Any]:
+        from gpu_bench.runs import run_part
 
-def _measure(
-    part: str,
-    groups: list[list[Entry]],
-    batch: str,
-    prompt_tokens: int,
-    generate: str,
-    repeats: int,
-    clock: Clock,
-    device: str,
-    results: Path,
-) -> dict[str, Any]:
-    from gpu_bench.runs import run_part
+        from gpt2_tvm.measure.cases import cross, parse_sizes
 
-    from gpt2_tvm.measure.cases import cross, parse_sizes
+        sizes = parse_sizes("--batch", self.batch), (self.prompt_tokens,), parse_sizes("--generate", self.generate)
+        return run_part(part, groups, cross(*sizes), self.repeats, clock, self.device, self.results)
 
-    cases = cross(parse_sizes("--batch", batch), (prompt_tokens,), parse_sizes("--generate", generate))
-    return run_part(part, groups, cases, repeats, clock, device, results)
+    def run(self, part: str, groups: list[list[Entry]], limit: float) -> None:
+        """Measure, print and judge one part."""
+        from gpu_bench.crew import Clock
 
-
-def _run(
-    part: str,
-    groups: list[list[Entry]],
-    batch: str,
-    prompt_tokens: int,
-    generate: str,
-    repeats: int,
-    limit: float,
-    device: str,
-    results: Path,
-) -> None:
-    from gpu_bench.crew import Clock
-
-    found = _measure(part, groups, batch, prompt_tokens, generate, repeats, Clock(limit), device, results)
-    if found["rows"]:
-        _print(results)
-    _check(part, found, limit)
+        found = self.measure(part, groups, Clock(limit))
+        if found["rows"]:
+            _print(self.results)
+        _check(part, found, limit)
 
 
 def _check(part: str, found: dict[str, Any], limit: float) -> None:

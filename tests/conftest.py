@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,23 @@ def tiny_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     folder = tmp_path_factory.mktemp("artifacts") / "tiny"
     return compile_model(str(tiny_model), "cpu", output=folder, rules="baseline", batch_sizes=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def gpu_bench() -> Iterator[Path]:
+    """The folder of benchmarks/gpu.py, from which its package can be imported."""
+    folder = Path(__file__).parent.parent / "benchmarks"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def gpu_kit(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A kit's folder, with `tiny_artifact` as artifacts/tiny-q0f32-full; the module's own."""
+    folder = tmp_path_factory.mktemp("kit")
+    shutil.copytree(tiny_artifact, folder / "artifacts" / "tiny-q0f32-full")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -22,32 +22,9 @@ from gpt2_tvm.weights import write_hf_checkpoint
 
 torch = pytest.importorskip("torch", reason="pip install 'gpt2-tvm[reference]'")
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-CONFIG = GPT2Config(vocab_size=97, n_positions=48, n_embd=32, n_layer=2, n_head=2)
+pytestmark = pytest.mark.usefixtures("gpu_bench")
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 CASE = Case(2, 6, 5)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _importable() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gpu-benchmark") / "tiny"
-    return write_hf_checkpoint(folder, CONFIG, random_model(CONFIG, seed=1))
-
-
-@pytest.fixture(scope="module")
-def kit(model: Path) -> Path:
-    """A kit's folder, with one artifact for this CPU."""
-    folder = model.parent / "kit"
-    compile_model(
-        str(model), "cpu", output=folder / "artifacts" / "tiny-q0f32-full", rules="baseline", batch_sizes=(1, 2)
-    )
-    return folder
 
 
 # What a GPU machine with Python, numpy and torch has not; typer and TVM it has once a kit's lib/ is on the path.
@@ -63,7 +40,7 @@ importlib.machinery.PathFinder.find_spec = find_spec
 
 def command(
     *arguments: str | Path,
-    script: Path = BENCHMARKS / "gpu.py",
+    script: Path = SCRIPT,
     fails: bool = False,
     bare: Path | None = None,
     cwd: Path | None = None,
@@ -85,10 +62,10 @@ def command(
 # ---- torch
 
 
-def test_torchs_model_is_the_same_model(kit: Path) -> None:
+def test_torchs_model_is_the_same_model(gpu_kit: Path) -> None:
     from gpu_bench.torch_gpt2 import TorchGPT2
 
-    path = kit / "artifacts" / "tiny-q0f32-full"
+    path = gpu_kit / "artifacts" / "tiny-q0f32-full"
     engine, ids = Engine(path), np.arange(10).reshape(2, 5) * 7 % 97
     with torch.inference_mode():
         model = TorchGPT2.load(open_artifact(path), 2, 8, torch.float32, "cpu")
@@ -99,10 +76,10 @@ def test_torchs_model_is_the_same_model(kit: Path) -> None:
             np.testing.assert_allclose(wanted, engine.decode([token, token]), atol=2e-5)
 
 
-def test_both_subjects_give_the_same_tokens(kit: Path) -> None:
+def test_both_subjects_give_the_same_tokens(gpu_kit: Path) -> None:
     from gpu_bench.subjects import Ours, Torch
 
-    path = str(kit / "artifacts" / "tiny-q0f32-full")
+    path = str(gpu_kit / "artifacts" / "tiny-q0f32-full")
     mine, theirs = Ours(path, None, None, [CASE]).turn(CASE), Torch(path, "cpu", "eager", [CASE]).turn(CASE)
     assert mine.tokens == theirs.tokens and len(mine.tokens[0]) == 5
     assert min(mine.prefill_s, mine.decode_s, theirs.prefill_s, theirs.decode_s) > 0
@@ -110,22 +87,22 @@ def test_both_subjects_give_the_same_tokens(kit: Path) -> None:
         Ours(path, None, True, [CASE])
 
 
-def test_a_missing_weight_is_named(kit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_weight_is_named(gpu_kit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gpu_bench import torch_gpt2
 
     every = torch_gpt2.artifact_weights
     monkeypatch.setattr(torch_gpt2, "artifact_weights", lambda a: (w for w in every(a) if "ln_f" not in w[0]))
     with pytest.raises(RuntimeError, match=r"lacks ln_f.bias, ln_f.weight"):
-        torch_gpt2.TorchGPT2.load(open_artifact(kit / "artifacts" / "tiny-q0f32-full"), 1, 8, torch.float32, "cpu")
+        torch_gpt2.TorchGPT2.load(open_artifact(gpu_kit / "artifacts" / "tiny-q0f32-full"), 1, 8, torch.float32, "cpu")
 
 
 # ---- the parts, as commands
 
 
 @pytest.mark.heavy
-def test_every_part_on_a_cpu(kit: Path, tmp_path: Path) -> None:
+def test_every_part_on_a_cpu(gpu_kit: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
-    common = ("--kit", kit, "--results", results)
+    common = ("--kit", gpu_kit, "--results", results)
     small = ("--prompt-tokens", 6, "--generate", 5, "--repeats", 2, "--device", "cpu")
     printed = command("machine", "--results", results, "--device", "cpu", "--repeats", 2, "--copy-mb", 4, "--edge", 64)
     assert "copy gb" in printed
@@ -161,9 +138,9 @@ def test_every_part_on_a_cpu(kit: Path, tmp_path: Path) -> None:
     assert (tmp_path / "report.md").read_text() == printed
 
 
-def test_what_cannot_be_run_is_said_in_a_line(kit: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_run_is_said_in_a_line(gpu_kit: Path, tmp_path: Path) -> None:
     assert "no gpt2 q0f16 in" in command(
-        "ours", "--kit", kit, "--results", tmp_path, "--quantization", "q0f16", fails=True
+        "ours", "--kit", gpu_kit, "--results", tmp_path, "--quantization", "q0f16", fails=True
     )
     assert "holds no results" in command("report", "--results", tmp_path / "none", fails=True)
     if not torch.cuda.is_available():
@@ -266,14 +243,14 @@ def test_each_variant_is_one_step_away_from_none() -> None:
 
 
 @pytest.mark.heavy
-def test_a_kit_runs_from_its_own_folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kit_runs_from_its_own_folder(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Code without weights travels; the machine makes them, and its numbers are those of the same seed here. There
     are neither tokenizers nor anything else that is here beside numpy and torch."""
     from gpu_bench import kit as kits
     from gpu_bench.unpacking import unpacked
 
     output = tmp_path / "kit.tar.xz"
-    kits.build(output, [str(model)], ["q0f32"], "cpu", (1,), None, True, None, lambda what, share: None)
+    kits.build(output, [str(tiny_model)], ["q0f32"], "cpu", (1,), None, True, None, lambda what, share: None)
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "sitecustomize.py").write_text(BARE)
@@ -292,7 +269,8 @@ def test_a_kit_runs_from_its_own_folder(tmp_path: Path, model: Path, monkeypatch
     assert "Replays of the decode graph" in printed
     manifest = read_manifest(path)
     assert manifest["random_weights"] and (path / "params").is_symlink()
-    seeded = write_hf_checkpoint(tmp_path / "seeded", CONFIG, random_model(CONFIG, seed=manifest["seed"]))
+    config = GPT2Config.from_json(manifest["config"])
+    seeded = write_hf_checkpoint(tmp_path / "seeded", config, random_model(config, seed=manifest["seed"]))
     here = compile_model(str(seeded), "cpu", output=tmp_path / "here", rules="baseline")
     np.testing.assert_allclose(Engine(path).prefill([1, 2, 3]), Engine(here).prefill([1, 2, 3]), atol=1e-5)
     (there / "kit.json").write_text('{"python": "2.7"}')

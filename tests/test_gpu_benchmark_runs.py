@@ -13,33 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt2_tvm import UserError, compile_model
+from gpt2_tvm import UserError
 from gpt2_tvm.artifact import open_artifact
-from gpt2_tvm.checkpoint import random_model
-from gpt2_tvm.config import GPT2Config
 from gpt2_tvm.measure.cases import Case, Sample
-from gpt2_tvm.weights import write_hf_checkpoint
 
 torch = pytest.importorskip("torch", reason="pip install 'gpt2-tvm[reference]'")
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-CONFIG = GPT2Config(vocab_size=97, n_positions=48, n_embd=32, n_layer=2, n_head=2)
+pytestmark = pytest.mark.usefixtures("gpu_bench")
 CASE, LATER = Case(1, 6, 5), Case(2, 6, 5)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _importable() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield
-
-
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gpu-runs")
-    write_hf_checkpoint(folder / "tiny", CONFIG, random_model(CONFIG, seed=1))
-    output = folder / "kit" / "artifacts" / "tiny-q0f32-full"
-    return compile_model(str(folder / "tiny"), "cpu", output=output, rules="baseline", batch_sizes=(1, 2))
+def path(gpu_kit: Path) -> Path:
+    return gpu_kit / "artifacts" / "tiny-q0f32-full"
 
 
 # ---- correctness
@@ -83,7 +69,7 @@ def test_a_hang_or_a_fault_is_a_row_and_the_others_go_on(
 ) -> None:
     import shutil
 
-    from gpu_bench import correctness
+    from gpu_bench import correctness, pieces
     from gpu_bench.crew import Clock
 
     kit = tmp_path / "kit"
@@ -101,13 +87,13 @@ def test_a_hang_or_a_fault_is_a_row_and_the_others_go_on(
         seen.append(label)
         return hangs_or_dies(Path("right"), None), {}
 
-    monkeypatch.setattr(correctness, "alone", planted)
+    monkeypatch.setattr(pieces, "alone", planted)
     shutil.copytree(path, kit / "d-new")
     found = correctness.check_all(kit, tmp_path, None, Clock(300), 30.0)
     assert seen == ["d-new", "a-dies", "b-hangs"] and found["complete"]  # what was not looked at first
     correctness.check_all(kit, tmp_path, None, Clock(300), 30.0)
     assert len(seen) == 3
-    monkeypatch.setattr(correctness, "code_of", lambda path: "another build")
+    monkeypatch.setattr(pieces, "code_of", lambda entry: "another build")
     late = Clock(300)
     late.end = time.monotonic() + 50  # of which nothing is begun
     found = correctness.check_all(kit, tmp_path, None, late, 30.0)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpt2_tvm.artifact import Artifact, open_artifact, read_manifest
+from gpt2_tvm.artifact import Artifact, open_artifact
 from gpt2_tvm.measure.cases import Case
 from gpt2_tvm.measure.subjects import prompt_of
-from gpu_bench.crew import Clock, OutOfTimeError, alone
-from gpu_bench.runs import find_artifacts, machine_key, read, save, sources
-from gpu_bench.weights import fill, has_weights
+from gpu_bench.crew import Clock
+from gpu_bench.pieces import Piece, in_its_process, origin, work_through
+from gpu_bench.runs import Row, find_artifacts
 
 # Of a logit, in float32 and float16; see `within`.
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
@@ -32,55 +32,16 @@ def within(error: float, largest: float, allowed: float) -> bool:
     return bool(np.isfinite(error) and np.isfinite(largest) and error <= allowed * max(1.0, largest))
 
 
-def code_of(path: Path) -> str:
-    """What tells an artifact's code from that of another build, and this check from another one."""
-    library = read_manifest(path)["library"]
-    return hashlib.sha256((path / library).read_bytes() + sources().encode()).hexdigest()[:16]
-
-
 def check_all(kit: Path, results: Path, model: str | None, clock: Clock, each_s: float) -> dict[str, Any]:
     """Check every artifact of the kit, each in a process of its own and within `each_s` -> the result, which
-    correctness.json has after each.
+    correctness.json has after each (`work_through`)."""
 
-    A row that failed says how ("failure": timeout, crash or error; "" for a wrong number) and the others go on. What
-    was right is not checked again; what failed is, after all that was not looked at yet.
-    """
-    file = results / "correctness.json"
-    device = machine_key("cuda")
-    rows = {row["artifact"]: row for row in (read(file) or {}).get("rows", ())}
-    paths = find_artifacts(kit, model)
-    codes = {path.name: code_of(path) for path in paths}
+    def checked(path: Path, left_s: float) -> Row:
+        row = in_its_process(path, min(each_s, left_s), check, None)
+        return failure_row() | row if row.get("failure") else row
 
-    def current(path: Path) -> bool:
-        row = rows.get(path.name, {})
-        return row.get("code") == codes[path.name] and row.get("machine") == device
-
-    todo = [p for p in paths if not current(p)] + [p for p in paths if current(p) and not rows[p.name]["ok"]]
-    left = [path.name for path in todo]
-    for path in paths:
-        if not current(path):
-            rows.pop(path.name, None)  # of another build
-
-    def result(complete: bool) -> dict[str, Any]:
-        return {"rows": list(rows.values()), "complete": complete, "left": list(left)}
-
-    try:
-        for path in todo:
-            clock.begin(path.name)
-            about = {"artifact": path.name, "code": codes[path.name], "machine": device}
-            failed: dict[str, str] = {}
-            if not has_weights(path):
-                _, failed = alone(f"weights of {path.name}", max(1.0, clock.left), fill, path)
-            if not failed:
-                found, failed = alone(path.name, max(1.0, min(each_s, clock.left)), check, path, None)
-            rows[path.name] = {**(failure_row() | failed if failed else found), **about}
-            left.remove(path.name)
-            save(file, result(False))
-    except OutOfTimeError:
-        pass
-    every = result(not left and all(row["ok"] for row in rows.values()))
-    save(file, every)
-    return every
+    pieces = [Piece(origin(path, "cuda"), partial(checked, path)) for path in find_artifacts(kit, model)]
+    return work_through(results / "correctness.json", pieces, clock)
 
 
 def failure_row() -> dict[str, Any]:

@@ -108,10 +108,6 @@ class Job:
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.facts: dict[str, Any] = {"result": function(*arguments)}
 
-    def turn(self, case: Any) -> Any:
-        """There is nothing more to do."""
-        raise NotImplementedError
-
 
 def alone(label: str, limit_s: float, function: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[str, str]]:
     """Call a module-level function in a process of its own -> (its result, {}), or (None, why there is none)."""

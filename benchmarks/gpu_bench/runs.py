@@ -323,11 +323,12 @@ def machine_key(device: str) -> str:
 
 @cache
 def sources() -> str:
-    """A hash of the programs whose speed is in the rows."""
+    """A hash of the programs that rows come from."""
     import gpt2_tvm
 
     ours = Path(gpt2_tvm.__file__).parent
-    files = [HERE / "subjects.py", HERE / "torch_gpt2.py", ours / "engine.py", *sorted((ours / "runners").glob("*.py"))]
+    here = ("subjects", "torch_gpt2", "correctness", "kernels", "replays", "sanitizer")
+    files = [*(HERE / f"{name}.py" for name in here), ours / "engine.py", *sorted((ours / "runners").glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

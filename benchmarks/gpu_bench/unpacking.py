@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import os
 import shutil
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -54,3 +56,18 @@ def unpacked(archive: Path) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def hand_over(kit: Path) -> None:
+    """On a bare Python: go on in the packed kit that --kit names, else in `kit`, which brings what is missing here."""
+    given = [word.removeprefix("--kit=") for word in sys.argv[1:]]
+    for i, word in enumerate(sys.argv[1:]):
+        if word == "--kit" and i + 1 < len(given):
+            kit, given = Path(given[i + 1]), given[:i] + given[i + 2 :]
+        elif word.startswith("--kit="):
+            kit, given = Path(given[i]), given[:i] + given[i + 1 :]
+    try:
+        folder = unpacked(kit)
+    except KitError as error:
+        sys.exit(f"error: {error}")
+    os.execv(sys.executable, [sys.executable, str(folder / "gpu.py"), *given])

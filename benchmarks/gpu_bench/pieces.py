@@ -1,0 +1,103 @@
+"""Parts of a row for each artifact: every piece in time, what was right kept, what failed a row that says how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_bench.crew import Clock, OutOfTimeError, alone
+from gpu_bench.runs import Entry, Row, code_of, machine_key, read, save
+from gpu_bench.weights import fill, has_weights
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One row of a part.
+
+    about: what the row says of where it comes from (`origin`); one that was right and says the same is kept.
+    run: the seconds that are left -> the rest of the row, with "ok", and where it failed "failure" and "message".
+    """
+
+    about: Row
+    run: Callable[[float], Row]
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        return _name(self.about)
+
+
+def origin(path: Path, device: str, **more: Any) -> Row:
+    """Which artifact, in which build, on which machine; more: "tool", or what else a row is an answer to."""
+    return {
+        "artifact": path.name,
+        "code": code_of(Entry(path, "ours", "graph")),
+        "machine": machine_key(device),
+        **more,
+    }
+
+
+def work_through(file: Path, pieces: Sequence[Piece], clock: Clock) -> dict[str, Any]:
+    """Run the pieces of which `file` has no row that was right, and write it after each -> {"rows", "complete", "left":
+    names of those for which there was no time}.
+
+    First what was not looked at yet, then what failed before. Rows of other artifacts stay; those of another build of
+    these go.
+    """
+    rows: dict[str, Row] = {_name(row): row for row in (read(file) or {}).get("rows", ())}
+
+    def current(piece: Piece) -> bool:
+        row = rows.get(piece.name, {})
+        return all(row.get(key) == value for key, value in piece.about.items())
+
+    again = [piece for piece in pieces if current(piece) and not rows[piece.name]["ok"]]
+    todo = [piece for piece in pieces if not current(piece)]
+    for piece in todo:
+        rows.pop(piece.name, None)
+    left = [piece.name for piece in (*todo, *again)]
+
+    def write() -> dict[str, Any]:
+        complete = not left and all(row["ok"] for row in rows.values())
+        found = {"rows": list(rows.values()), "complete": complete, "left": list(left)}
+        save(file, found)
+        return found
+
+    try:
+        for piece in (*todo, *again):
+            clock.begin(piece.name)
+            rows[piece.name] = {**piece.run(max(1.0, clock.left)), **piece.about}
+            left.remove(piece.name)
+            write()
+    except OutOfTimeError:
+        pass
+    return write()
+
+
+def in_its_process(path: Path, limit_s: float, function: Callable[..., Row], *arguments: Any) -> Row:
+    """`function(path, *arguments)`, which gives a row, in a process of its own; the artifact has weights then."""
+    why: dict[str, str] = {}
+    found: Any = None
+    clock = Clock(limit_s)
+    if not has_weights(path):
+        _, why = alone(f"weights of {path.name}", limit_s, fill, path)
+    if not why:
+        found, why = alone(path.name, max(1.0, clock.left), function, path, *arguments)
+    return {"ok": False, **why} if why else dict(found)
+
+
+def complaints(found: dict[str, Any]) -> list[str]:
+    """What failed, and what was not begun, of a result of `work_through`: a line each."""
+    lines = []
+    for row in found["rows"]:
+        if not row["ok"]:
+            words = row.get("message") or row.get("refused") or "see the table"
+            lines.append(f"{_name(row)}: {row.get('failure') or 'wrong'}, {words}")
+    if found["left"]:
+        lines.append(f"no time for {', '.join(found['left'])}; the same command goes on from here")
+    return lines
+
+
+def _name(row: Row) -> str:
+    return f"{row['tool']} of {row['artifact']}" if "tool" in row else str(row["artifact"])

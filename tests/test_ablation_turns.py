@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 from tuning import ablation_run, ablation_work
 from tuning.ablation_records import IDENTITY, Journal
 from tuning.ablation_run import Ablation
-from tuning.ablation_work import PARTS, Job, Subject
+from tuning.ablation_work import PARTS, PREFILLS_S, Job, Subject
 from tuning.children import Outcome
 from tuning.measure import session
 
@@ -85,7 +86,8 @@ def test_a_software_device_prefills_again_and_decodes_in_parts() -> None:
     found = subject(engine).turn()
     decodes = [n for name, n in engine.calls if name == "decode"]
     assert decodes == [16 // PARTS] * PARTS + [1] * (found["cycles"] - 1)
-    assert found["cycles"] == len([name for name, _ in engine.calls if name == "prefill"]) in (5, 6)  # of 0.3 s in 1.5
+    prefills = [n for name, n in engine.calls if name == "prefill"]
+    assert found["cycles"] == len(prefills) == math.ceil(PREFILLS_S / 0.3)
     assert found["prefill_s"] == pytest.approx(0.3) and found["decode_s"] == pytest.approx(16 * STEP_S)
 
 

@@ -7,16 +7,15 @@ from typing import Any
 
 from gpt2_tvm.errors import UserError
 from gpt2_tvm.measure.tables import markdown_table
+from tuning.ablation_results import EXPERIMENT
 
-# What two runs must share for their times to be comparable.
-SAME = ("model", "quantization", "target", "attention", "prompt_tokens", "generate_tokens", "device")
 RATES = ("prefill_tok_s", "decode_tok_s")
 
 
 def against(result: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Markdown: the other run's medians over this one's, for every code that both timed. A code that several sets share
     has one row, under the first of them. Raises UserError for another experiment, or where no set is in both."""
-    differs = [key for key in SAME if result["identity"].get(key) != other["identity"].get(key)]
+    differs = [key for key in EXPERIMENT if result["identity"].get(key) != other["identity"].get(key)]
     if differs:
         said = ", ".join(f"{key} {other['identity'].get(key)}" for key in differs)
         raise UserError(f"--against: that is another experiment ({said})")

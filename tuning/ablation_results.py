@@ -34,7 +34,8 @@ UNMEASURED = "not-measured"
 OURS = "ours"  # the rule of a kernel that comes scheduled
 NAMED_FIRST = ("baseline", "full", "stock")
 
-SAID = ("model", "quantization", "target", "attention", "prompt_tokens", "generate_tokens", "device")  # in every table
+# What an experiment is to its reader: every result says it, and only results that share it are comparable.
+EXPERIMENT = ("model", "quantization", "target", "attention", "prompt_tokens", "generate_tokens", "device")
 
 Row = dict[str, Any]
 
@@ -43,7 +44,7 @@ def read_result(file: Path, option: str) -> dict[str, Any]:
     """What a run wrote into `file`, which the user named by `option`; UserError where that is none."""
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
-        if {"identity", "rows", "effects", "functions"} <= set(kept) and set(SAID) <= set(kept["identity"]):
+        if {"identity", "rows", "effects", "functions"} <= set(kept) and set(EXPERIMENT) <= set(kept["identity"]):
             return dict(kept)
     except FileNotFoundError:
         raise UserError(f"there is no {file}; give another {option}") from None

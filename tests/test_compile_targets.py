@@ -1,12 +1,13 @@
 """Every family of targets compiles the whole model, and what comes out is checked with that family's own tools.
 
-The quick tests use a small model; the heavy ones GPT-2 124M, once a family, in the dtype that its devices run most.
+The quick tests use a small model; the heavy ones two layers of GPT-2 124M (further ones call the same functions), once
+a family, in the dtype that its devices run most.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from gpt2_tvm.weights import write_hf_checkpoint
 from targets import load_target
 
 SMALL = GPT2Config(vocab_size=1000, n_positions=64, n_embd=128, n_layer=2, n_head=2)
+GPT2 = replace(PRESETS["gpt2"], n_layer=2)
 DTYPES = ("q0f32", "q0f16")
 CDNA = ("gfx90a", "gfx942")
 
@@ -32,15 +34,12 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def gpt2_model() -> Iterator[str]:
-    """The preset with random weights, or those of a copy that is here: the code is what is looked at."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield "gpt2"
+def gpt2_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_hf_checkpoint(tmp_path_factory.mktemp("gpt2") / "gpt2", GPT2, random_model(GPT2, seed=3)))
 
 
 def models(usual: str) -> pytest.MarkDecorator:
-    """The small model in the dtype that is usual for a family; heavy: in the other too, and GPT-2 124M in the first."""
+    """The small model in the dtype that is usual for a family; heavy: in the other too, and 124M in the first."""
     (other,) = set(DTYPES) - {usual}
     heavy = [("small_model", other, f"{other}-small"), ("gpt2_model", usual, f"{usual}-124M")]
     return pytest.mark.parametrize(
@@ -53,7 +52,7 @@ def models(usual: str) -> pytest.MarkDecorator:
 
 
 def plan_of(name: str, target: str, quantization: str) -> Plan:
-    config = SMALL if name == "small_model" else PRESETS["gpt2"]
+    config = SMALL if name == "small_model" else GPT2
     return make_plan(config, load_target(target), quantization)
 
 

@@ -249,6 +249,9 @@ def test_a_kit_runs_from_its_own_folder(tmp_path: Path, tiny_model: Path, monkey
     from gpu_bench import kit as kits
     from gpu_bench.unpacking import unpacked
 
+    from gpt2_tvm import pack
+
+    monkeypatch.setattr(pack, "_CODE", pack._WEIGHTS)  # quick: test_pack.py measures how small it gets
     output = tmp_path / "kit.tar.xz"
     kits.build(output, [str(tiny_model)], ["q0f32"], "cpu", (1,), None, True, None, lambda what, share: None)
     bare = tmp_path / "bare"

@@ -248,17 +248,17 @@ def test_gpt2_124m(tmp_path: Path) -> None:
     for n in (*LENGTHS, full):
         check_prefill(engine, reference, (n,), FLOAT32)
     check_decode(engine, reference, (full - STEPS,), FLOAT32)
-    for prompts in ((17, 322, 1), (1, 2, 17, 322, 5, 64, 100, 33)):
-        check_prefill(engine, reference, prompts, FLOAT32)
+    check_prefill(engine, reference, (17, 322, 1), FLOAT32)
+    for prompts in ((17, 100, 1), (1, 2, 17, 64, 5, 33, 100, 9)):  # the reference goes over each token again
         check_decode(engine, reference, prompts, FLOAT32)
         check_chain(engine, reference, prompts, FLOAT32, WIDTH)
-        check_tree(engine, reference, prompts[:3], FLOAT32)
+        check_tree(engine, reference, (17, 33, 1), FLOAT32)
 
     del engine
     compile_model(str(source), "cpu", "q0f16", tmp_path / "f16", RULES, verify_widths=(WIDTH,))
     engine = Engine(tmp_path / "f16")
     for n in (1, 17, 322):
         check_prefill(engine, reference, (n,), FLOAT16)
-    check_decode(engine, reference, (322,), FLOAT16)
-    check_chain(engine, reference, (17,), FLOAT16, WIDTH)
+    check_decode(engine, reference, (100,), FLOAT16)
+    check_chain(engine, reference, (322,), FLOAT16, WIDTH)
     check_tree(engine, reference, (17,), FLOAT16)

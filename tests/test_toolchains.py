@@ -10,6 +10,7 @@ import tarfile
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,6 +175,36 @@ def test_light_stack_is_the_same_stack() -> None:
 
     for ours, theirs in zip(light, true, strict=True):
         assert seen(ours) == seen(theirs), ours.filename
+
+    frame, true_frames = inspect.currentframe(), inspect.getouterframes
+    with tensor_intrin.light_stack():
+        light, true = inspect.getouterframes(frame), true_frames(frame)
+    assert inspect.getouterframes is true_frames
+    assert [seen(info) for info in light] == [seen(info) for info in true] and light[0].frame is frame
+
+
+def test_a_kernel_is_parsed_without_looking_through_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same kernel: each `T.inline` that it calls asks for every frame around, each frame's module is looked for."""
+    import tvm_ffi
+
+    from gpt2_tvm.kernels.cpu_attention import attention
+    from gpt2_tvm.kernels.spec import AttentionSpec
+
+    searches, getmodule = 0, inspect.getmodule
+
+    def counted(*given: Any) -> Any:
+        nonlocal searches
+        searches += 1
+        return getmodule(*given)
+
+    monkeypatch.setattr(inspect, "getmodule", counted)
+    spec = AttentionSpec(n_head=2, head_dim=8, capacity=16, dtype="float32", scale=0.25)
+    usual = attention.__wrapped__(spec, 128)
+    before, searches = searches, 0
+    with tensor_intrin.light_stack():
+        light = attention.__wrapped__(spec, 128)
+    assert searches < before / 20
+    assert tvm_ffi.structural_equal(light, usual, map_free_vars=True)
 
 
 def test_light_stack_goes_when_an_import_fails_and_serves_threads() -> None:

@@ -32,20 +32,25 @@ def load(kind: str) -> None:
 
 @contextmanager
 def light_stack() -> Iterator[None]:
-    """Make `inspect.stack()` take microseconds: worth it around an import of many TVMScript functions."""
+    """Make `inspect.stack()` and `inspect.getouterframes()` take microseconds: worth it around an import of many
+    TVMScript functions, and where kernels are parsed: each call of a `T.inline` asks for the frames around it."""
     with _patching:
-        original = inspect.stack
-        inspect.stack = _stack
+        original = inspect.stack, inspect.getouterframes
+        inspect.stack, inspect.getouterframes = _stack, _outer_frames
         try:
             yield
         finally:
-            inspect.stack = original
+            inspect.stack, inspect.getouterframes = original
 
 
 def _stack(context: int = 1) -> list[inspect.FrameInfo]:
     """`inspect.stack`, with at most one line of source a frame."""
+    return _outer_frames(sys._getframe(1), context)
+
+
+def _outer_frames(frame: Any, context: int = 1) -> list[inspect.FrameInfo]:
+    """`inspect.getouterframes` of a frame, with at most one line of source each."""
     frames: list[inspect.FrameInfo] = []
-    frame: Any = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         line = linecache.getline(code.co_filename, frame.f_lineno, frame.f_globals) if context else ""

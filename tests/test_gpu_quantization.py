@@ -305,15 +305,16 @@ def test_every_quantised_scheme_is_for_every_gpu(target: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "tied"),
+    ("scheme", "tied", "ours"),
     [
-        ("q8f32", True),
-        ("q4f32_1", False),
-        ("q8f16", True),
-        ("q8f32-float-embedding", False),
+        ("q8f32", True, True),
+        ("q4f32_1", False, True),
+        ("q8f16", True, True),
+        ("q8f32-float-embedding", False, True),
+        ("q8f32", True, False),
+        ("q4f32_1", False, False),
     ],
 )
-@pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.heavy
 def test_a_model_on_webgpu(scheme: str, tied: bool, ours: bool, no_page: None, tmp_path: Path) -> None:
     """Prefill, decode and verify of a whole model through wgpu, against numpy with the dequantised weights."""

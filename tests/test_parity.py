@@ -214,9 +214,11 @@ def test_greedy_text_of_the_trained_model(request: pytest.FixtureRequest, tmp_pa
     ("name", "attention"), [*((name, "flash") for name in SHAPES), *((name, "materialized") for name in HEADS)]
 )
 def test_a_ragged_batch(make: Make, name: str, attention: str) -> None:
-    engine, reference = make(name, attention=attention, batch_sizes=(4, 8), verify_widths=(4, WIDTH))
+    """Three sequences in a batch of four; with flash attention eight of eight too."""
+    batches, widths = ((4, 8), (4, WIDTH)) if attention == "flash" else ((4,), (WIDTH,))
+    engine, reference = make(name, attention=attention, batch_sizes=batches, verify_widths=widths)
     full = engine.config.n_positions
-    for prompts in ((1, 322, 17), (2, full, 1, 17, 322, 5, 64, 100)):
+    for prompts in ((1, 322, 17), (2, full, 1, 17, 322, 5, 64, 100))[: len(batches)]:
         check_prefill(engine, reference, prompts, FLOAT32)
         starts = tuple(min(n, full - STEPS) for n in prompts)
         check_decode(engine, reference, starts, FLOAT32)

@@ -26,6 +26,18 @@ def notebooks() -> list[Path]:
     return sorted(FOLDER.glob("*.ipynb"))
 
 
+def named(names: list[str]) -> list[Path]:
+    """The notebooks whose names begin so; ends the program with a line where a name is no notebook's."""
+    found = []
+    for name in names:
+        begin = Path(name).name
+        matching = [path for path in notebooks() if path.name.startswith(begin)]
+        if not matching:
+            sys.exit(f"error: no notebook begins with {begin!r}; there are {', '.join(p.name for p in notebooks())}")
+        found += matching
+    return found
+
+
 def execute(path: Path) -> Any:
     """Run every cell in a kernel of this interpreter, and return the notebook with its outputs (nbformat 4).
 
@@ -69,10 +81,10 @@ def machine_paths(book: Any) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="notebooks (default: all)")
+    parser.add_argument("names", nargs="*", help="notebooks, or how their names begin (default: all)")
     parser.add_argument("--write", action="store_true", help="keep the outputs in the notebooks")
     arguments = parser.parse_args()
-    for path in [FOLDER / Path(name).name for name in arguments.names] or notebooks():
+    for path in named(arguments.names) or notebooks():
         print(f"executing {path.relative_to(ROOT)}", flush=True)
         book = execute(path)
         if found := machine_paths(book):

@@ -216,8 +216,9 @@ def test_a_function_that_a_fusion_named_anew_stands_beside_what_it_was() -> None
         none = {"prefill_time_us": None, "prefill_time_us_sd": None}
         return {**row, **none, "decode_time_us": time_us, "decode_time_us_sd": time_us and 1.0}
 
-    a = [
+    a = [  # the head in two, of which one function of the other set can be beside one alone
         of("NT_matmul9", "decode, greedy: logits (wte)", "fallback", 1330.0),
+        of("NT_matmul9_rest", "decode, greedy: logits (wte)", "fallback", 70.0),
         of("layer_norm2", "decode, greedy: layer_norm (ln_1)", "fallback", 250.0),
         of("NT_matmul3", "verify: mlp.c_fc + bias", "fallback", None, 0),
         of("attention", "decode, greedy: attention", "ours", 40.0),
@@ -228,13 +229,14 @@ def test_a_function_that_a_fusion_named_anew_stands_beside_what_it_was() -> None
         of("attention", "decode, greedy: attention", "ours", 9.0),
     ]
     found = {"rows": [{"set": "a", "code": "A"}, {"set": "b", "code": "B"}], "functions": {"A": a, "B": b}}
-    logits, norm = moved(found, "a", "b")
+    logits, rest, norm = moved(found, "a", "b")
     assert (logits["name"], logits["name_b"], logits["rule_b"]) == (
         "NT_matmul9",
         "fused_norm_NT_matmul9",
         "webgpu-gemv",
     )
     assert (logits["decode_time_us_a"], logits["decode_time_us_b"]) == (1330.0, 428.0)
+    assert (rest["name"], rest["rule_b"], rest["decode_time_us_b"]) == ("NT_matmul9_rest", None, None)
     assert (norm["name"], norm["rule_a"], norm["rule_b"]) == ("layer_norm2", "fallback", None)
 
 

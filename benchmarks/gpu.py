@@ -115,11 +115,9 @@ def correctness(
     from gpu_bench.correctness import check_all
     from gpu_bench.crew import Clock
     from gpu_bench.machine import require_torch
-    from gpu_bench.pieces import complaints
 
     require_torch("cpu")
-    found = check_all(kit, results, model, Clock(limit), each)
-    _finish(results, complaints(found))
+    _finish(results, check_all(kit, results, model, Clock(limit), each))
 
 
 @app.command()

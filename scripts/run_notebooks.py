@@ -1,4 +1,5 @@
-"""Execute the notebooks in `notebooks/`: `python scripts/run_notebooks.py [NAME...]`; with `--write` outputs are kept.
+"""Execute the notebooks in `notebooks/`: `python scripts/run_notebooks.py [NAME...]` (02 will do for 02_rules.ipynb);
+with `--write` outputs are kept.
 
 What is kept says nothing about the machine beyond what a cell prints on purpose: timings of cells and the interpreter's
 version are left out, and a path of this machine in an output is an error, so that it is mended in the cell.
@@ -28,13 +29,13 @@ def notebooks() -> list[Path]:
 
 def named(names: list[str]) -> list[Path]:
     """The notebooks whose names begin so; ends the program with a line where a name is no notebook's."""
-    found = []
+    found: list[Path] = []
     for name in names:
         begin = Path(name).name
-        matching = [path for path in notebooks() if path.name.startswith(begin)]
+        matching = [path for path in notebooks() if begin and path.name.startswith(begin)]
         if not matching:
             sys.exit(f"error: no notebook begins with {begin!r}; there are {', '.join(p.name for p in notebooks())}")
-        found += matching
+        found += [path for path in matching if path not in found]
     return found
 
 

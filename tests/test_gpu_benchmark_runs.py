@@ -3,6 +3,7 @@ on the GPU is planted here."""
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -76,7 +77,13 @@ def test_a_hang_or_a_fault_is_a_row_and_the_others_go_on(
     for name in ("a-dies", "b-hangs", "c-right"):
         shutil.copytree(path, kit / name)
     monkeypatch.setattr(correctness, "check", hangs_or_dies)
-    found = correctness.check_all(kit, tmp_path, None, Clock(300), 30.0)
+
+    def check_all(clock: Clock) -> tuple[list[str], dict[str, Any]]:
+        lines = correctness.check_all(kit, tmp_path, None, clock, 30.0)
+        return lines, json.loads((tmp_path / "correctness.json").read_text())
+
+    lines, found = check_all(Clock(300))
+    assert [line.split(", ")[0] for line in lines] == ["a-dies: error", "b-hangs: timeout"]
     kinds = {row["artifact"]: (row["ok"], row["failure"]) for row in found["rows"]}
     assert kinds == {"a-dies": (False, "error"), "b-hangs": (False, "timeout"), "c-right": (True, "")}
     assert "illegal memory access" in found["rows"][0]["message"] and not found["complete"] and not found["left"]
@@ -89,15 +96,15 @@ def test_a_hang_or_a_fault_is_a_row_and_the_others_go_on(
 
     monkeypatch.setattr(pieces, "alone", planted)
     shutil.copytree(path, kit / "d-new")
-    found = correctness.check_all(kit, tmp_path, None, Clock(300), 30.0)
-    assert seen == ["d-new", "a-dies", "b-hangs"] and found["complete"]  # what was not looked at first
-    correctness.check_all(kit, tmp_path, None, Clock(300), 30.0)
+    lines, found = check_all(Clock(300))
+    assert not lines and seen == ["d-new", "a-dies", "b-hangs"] and found["complete"]  # what was not looked at first
+    check_all(Clock(300))
     assert len(seen) == 3
-    monkeypatch.setattr(pieces, "code_of", lambda entry: "another build")
+    monkeypatch.setattr(pieces, "code_of", lambda entry, programs: "another build")
     late = Clock(300)
     late.end = time.monotonic() + 50  # of which nothing is begun
-    found = correctness.check_all(kit, tmp_path, None, late, 30.0)
-    assert len(seen) == 3 and len(found["left"]) == 4 and not found["rows"]
+    lines, found = check_all(late)
+    assert len(lines) == 1 and len(seen) == 3 and len(found["left"]) == 4 and not found["rows"]
 
 
 def test_a_worker_ends_in_time_though_it_comes_late() -> None:

@@ -51,3 +51,11 @@ def test_a_machine_path_is_found(text: str) -> None:
 @pytest.mark.parametrize("text", ["tokens/s", "gpt2_tvm/data/austen", "https://example.org/home/x", "a/tmp/b", "1/2"])
 def test_other_text_is_not_taken_for_one(text: str) -> None:
     assert not run_notebooks.MACHINE_PATH.search(text)
+
+
+def test_a_notebook_is_found_by_how_its_name_begins() -> None:
+    first, second = NOTEBOOKS[:2]
+    assert run_notebooks.named(["02", f"notebooks/{first.name}", second.name]) == [second, first]
+    for nothing in ("", "no-such"):
+        with pytest.raises(SystemExit, match="no notebook begins with"):
+            run_notebooks.named([nothing])

@@ -13,13 +13,12 @@ from gpt2_tvm.artifact import Artifact, open_artifact
 from gpt2_tvm.measure.cases import Case
 from gpt2_tvm.measure.subjects import prompt_of
 from gpu_bench.crew import Clock
-from gpu_bench.pieces import Piece, in_its_process, origin, work_through
+from gpu_bench.pieces import Piece, complaints, in_its_process, origin, work_through
 from gpu_bench.runs import Row, find_artifacts
 
 # Of a logit, in float32 and float16; see `within`.
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
 PROMPTS, STEPS, GREEDY = (64, 322), 8, 64
-EACH_S = 150.0  # for one artifact
 
 
 def within(error: float, largest: float, allowed: float) -> bool:
@@ -32,16 +31,17 @@ def within(error: float, largest: float, allowed: float) -> bool:
     return bool(np.isfinite(error) and np.isfinite(largest) and error <= allowed * max(1.0, largest))
 
 
-def check_all(kit: Path, results: Path, model: str | None, clock: Clock, each_s: float) -> dict[str, Any]:
-    """Check every artifact of the kit, each in a process of its own and within `each_s` -> the result, which
-    correctness.json has after each (`work_through`)."""
+def check_all(kit: Path, results: Path, model: str | None, clock: Clock, each_s: float) -> list[str]:
+    """Check every artifact of the kit, each in a process of its own and within `each_s` -> what failed, a line each;
+    correctness.json has the rows (`work_through`)."""
 
     def checked(path: Path, left_s: float) -> Row:
-        row = in_its_process(path, min(each_s, left_s), check, None)
+        row = in_its_process(path, left_s, check, None, each_s=each_s)
         return failure_row() | row if row.get("failure") else row
 
-    pieces = [Piece(origin(path, "cuda"), partial(checked, path)) for path in find_artifacts(kit, model)]
-    return work_through(results / "correctness.json", pieces, clock)
+    programs = ("correctness", "torch_gpt2")
+    pieces = [Piece(origin(path, "cuda", programs), partial(checked, path)) for path in find_artifacts(kit, model)]
+    return complaints(work_through(results / "correctness.json", pieces, clock), pieces)
 
 
 def failure_row() -> dict[str, Any]:

@@ -26,14 +26,16 @@ def kernels_part(
     paths: Sequence[Path], prompt_tokens: int, repeats: int, device: str, limit_s: float, results: Path
 ) -> list[str]:
     """See `kernels_of`."""
+    clock = Clock(limit_s)
     copy = (read(results / "machine.json") or {}).get("copy_gb_s")
     asked = [prompt_tokens, repeats, copy]
 
     def piece(path: Path) -> Piece:
-        about = origin(path, device, asked=asked)
+        about = origin(path, device, ("kernels",), asked=asked)
         return Piece(about, lambda left: in_its_process(path, left, kernels_of, device, *asked))
 
-    return complaints(work_through(results / "kernels.json", list(map(piece, paths)), Clock(limit_s)))
+    pieces = list(map(piece, paths))
+    return complaints(work_through(results / "kernels.json", pieces, clock), pieces)
 
 
 def kernels_of(path: Path, device: str, prompt_tokens: int, repeats: int, copy_gb_s: float | None) -> Row:

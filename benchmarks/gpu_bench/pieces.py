@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,12 @@ class Piece:
         return _name(self.about)
 
 
-def origin(path: Path, device: str, **more: Any) -> Row:
-    """Which artifact, in which build, on which machine; more: "tool", or what else a row is an answer to."""
+def origin(path: Path, device: str, programs: Sequence[str], **more: Any) -> Row:
+    """Which artifact, in which build, on which machine. programs: the files of this package that its row comes from;
+    more: "tool", or what else a row is an answer to."""
     return {
         "artifact": path.name,
-        "code": code_of(Entry(path, "ours", "graph")),
+        "code": code_of(Entry(path, "ours", "graph"), tuple(programs)),
         "machine": machine_key(device),
         **more,
     }
@@ -47,6 +49,7 @@ def work_through(file: Path, pieces: Sequence[Piece], clock: Clock) -> dict[str,
     these go.
     """
     rows: dict[str, Row] = {_name(row): row for row in (read(file) or {}).get("rows", ())}
+    pieces = list({piece.name: piece for piece in pieces}.values())  # asked for twice is asked for once
 
     def current(piece: Piece) -> bool:
         row = rows.get(piece.name, {})
@@ -64,34 +67,39 @@ def work_through(file: Path, pieces: Sequence[Piece], clock: Clock) -> dict[str,
         save(file, found)
         return found
 
+    found: dict[str, Any] = {}
     try:
         for piece in (*todo, *again):
-            clock.begin(piece.name)
+            clock.begin(f"{file.stem}: {piece.name}")
             rows[piece.name] = {**piece.run(max(1.0, clock.left)), **piece.about}
             left.remove(piece.name)
-            write()
+            found = write()
     except OutOfTimeError:
         pass
-    return write()
+    return found or write()
 
 
-def in_its_process(path: Path, limit_s: float, function: Callable[..., Row], *arguments: Any) -> Row:
-    """`function(path, *arguments)`, which gives a row, in a process of its own; the artifact has weights then."""
+def in_its_process(
+    path: Path, left_s: float, function: Callable[..., Row], *arguments: Any, each_s: float = math.inf
+) -> Row:
+    """`function(path, *arguments)`, which gives a row, in a process of its own, within `each_s`. Before, an artifact
+    without weights gets them, within all of `left_s`: what was begun of a large model's is begun anew."""
     why: dict[str, str] = {}
     found: Any = None
-    clock = Clock(limit_s)
+    clock = Clock(left_s)
     if not has_weights(path):
-        _, why = alone(f"weights of {path.name}", limit_s, fill, path)
+        _, why = alone(f"weights of {path.name}", left_s, fill, path)
     if not why:
-        found, why = alone(path.name, max(1.0, clock.left), function, path, *arguments)
+        found, why = alone(path.name, max(1.0, min(each_s, clock.left)), function, path, *arguments)
     return {"ok": False, **why} if why else dict(found)
 
 
-def complaints(found: dict[str, Any]) -> list[str]:
-    """What failed, and what was not begun, of a result of `work_through`: a line each."""
+def complaints(found: dict[str, Any], pieces: Sequence[Piece]) -> list[str]:
+    """What failed, and what was not begun, of the pieces that `work_through` was asked for: a line each."""
     lines = []
+    asked = {piece.name for piece in pieces} - set(found["left"])
     for row in found["rows"]:
-        if not row["ok"]:
+        if not row["ok"] and _name(row) in asked:
             words = row.get("message") or row.get("refused") or "see the table"
             lines.append(f"{_name(row)}: {row.get('failure') or 'wrong'}, {words}")
     if found["left"]:

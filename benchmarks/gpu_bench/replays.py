@@ -17,12 +17,14 @@ GROWTH_MB = 16.0  # of the process's memory, over all replays: Python's own
 
 def replays_part(paths: Sequence[Path], count: int, device: str, limit_s: float, results: Path) -> list[str]:
     """See `replays_of`."""
+    clock = Clock(limit_s)
 
     def piece(path: Path) -> Piece:
-        about = origin(path, device, asked=[count])
+        about = origin(path, device, ("replays",), asked=[count])
         return Piece(about, lambda left: in_its_process(path, left, replays_of, device, count))
 
-    return complaints(work_through(results / "replays.json", list(map(piece, paths)), Clock(limit_s)))
+    pieces = list(map(piece, paths))
+    return complaints(work_through(results / "replays.json", pieces, clock), pieces)
 
 
 def replays_of(path: Path, device: str, count: int) -> Row:

@@ -260,7 +260,8 @@ def extras(results: Path) -> list[str]:
             [row["artifact"], row["tool"], row["summary"], "ok" if row["ok"] else f"FAILED {row['message']}"]
             for row in found["rows"]
         ]
-        text = markdown_table(["artifact", "tool", "summary", ""], cells, left=3) if cells else found["missing"] + "."
+        nothing = found.get("missing", "nothing was run") + "."
+        text = markdown_table(["artifact", "tool", "summary", ""], cells, left=3) if cells else nothing
         sections.append("#### compute-sanitizer\n\n" + text)
     return sections
 

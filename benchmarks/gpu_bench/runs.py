@@ -25,6 +25,7 @@ from gpu_bench.unpacking import SUFFIX, unpacked
 from gpu_bench.weights import fill, has_weights
 
 HERE = Path(__file__).resolve().parent
+TIMED = ("subjects", "torch_gpt2")  # files that timed rows come from
 Row = dict[str, Any]
 Key = tuple[Any, ...]
 
@@ -322,23 +323,24 @@ def machine_key(device: str) -> str:
 
 
 @cache
-def sources() -> str:
-    """A hash of the programs that rows come from."""
+def sources(programs: tuple[str, ...]) -> str:
+    """A hash of what rows come from: these files of this package, the one that makes weights, and the engine."""
     import gpt2_tvm
 
     ours = Path(gpt2_tvm.__file__).parent
-    here = ("subjects", "torch_gpt2", "correctness", "kernels", "replays", "sanitizer")
-    files = [*(HERE / f"{name}.py" for name in here), ours / "engine.py", *sorted((ours / "runners").glob("*.py"))]
+    here = [HERE / f"{name}.py" for name in (*programs, "weights")]
+    files = [*here, ours / "engine.py", *sorted((ours / "runners").glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @cache
-def code_of(entry: Entry) -> str:
-    """What tells an entry's code from that of another build: of ours its library, of torch its version."""
+def code_of(entry: Entry, programs: tuple[str, ...] = TIMED) -> str:
+    """What tells an entry's code from that of another build: of ours its library, of torch its version; and `sources`
+    of what runs it."""
     from importlib.metadata import PackageNotFoundError, version
 
     manifest = json.loads((entry.path / "manifest.json").read_text(encoding="utf-8"))
-    digest = hashlib.sha256(sources().encode())
+    digest = hashlib.sha256(sources(programs).encode())
     if entry.engine == "ours":
         digest.update((entry.path / manifest["library"]).read_bytes())
     else:

@@ -28,6 +28,7 @@ def find_sanitizer() -> str | None:
 
 def sanitizer_part(paths: Sequence[Path], tools: Sequence[str], limit_s: float, results: Path) -> list[str]:
     """Run `exercise` of each artifact under each tool; a row each, kept where it was clean."""
+    clock = Clock(limit_s)
     file = results / "sanitizer.json"
     program = find_sanitizer()
     if program is None:
@@ -36,11 +37,11 @@ def sanitizer_part(paths: Sequence[Path], tools: Sequence[str], limit_s: float, 
         return []
 
     def piece(path: Path, tool: str) -> Piece:
-        about = origin(path, "cuda", tool=tool)
+        about = origin(path, "cuda", ("sanitizer",), tool=tool)
         return Piece(about, lambda left: sanitized(program, tool, path, min(SANITIZER_S, left)))
 
     pieces = [piece(path, tool) for path in paths for tool in tools]
-    return complaints(work_through(file, pieces, Clock(limit_s)))
+    return complaints(work_through(file, pieces, clock), pieces)
 
 
 def sanitized(program: str, tool: str, path: Path, limit_s: float) -> Row:

@@ -4,7 +4,8 @@ DLight's matmul rules import them when they first meet a float16 matmul. Each of
 TVMScript function, and TVMScript calls `inspect.stack()` once a function, which for every frame of the stack
 searches all loaded modules for its source: 0.04 to 0.12 s a call, the more the more modules (torch, say) are
 loaded. Of the answer only the frames and one line of source are used, so a stack that reads its lines
-straight from the file gives the same result.
+straight from the file gives the same result. The same holds for kernels of ours: each call of a `T.inline` asks for
+the frames around it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import linecache
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,20 +32,19 @@ def load(kind: str) -> None:
 
 @contextmanager
 def light_stack() -> Iterator[None]:
-    """Make `inspect.stack()` and `inspect.getouterframes()` take microseconds: worth it around an import of many
-    TVMScript functions, and where kernels are parsed: each call of a `T.inline` asks for the frames around it."""
+    """Make `inspect.getouterframes()`, and `inspect.stack()`, which calls it, take microseconds: worth it around an
+    import of many TVMScript functions, and where kernels are parsed.
+
+    Other threads see it too meanwhile, and get one line of source a frame where they ask for more; one that enters
+    here waits for the first to leave.
+    """
     with _patching:
-        original = inspect.stack, inspect.getouterframes
-        inspect.stack, inspect.getouterframes = _stack, _outer_frames
+        original = inspect.getouterframes
+        inspect.getouterframes = _outer_frames
         try:
             yield
         finally:
-            inspect.stack, inspect.getouterframes = original
-
-
-def _stack(context: int = 1) -> list[inspect.FrameInfo]:
-    """`inspect.stack`, with at most one line of source a frame."""
-    return _outer_frames(sys._getframe(1), context)
+            inspect.getouterframes = original
 
 
 def _outer_frames(frame: Any, context: int = 1) -> list[inspect.FrameInfo]:

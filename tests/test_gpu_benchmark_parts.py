@@ -84,6 +84,40 @@ def test_a_part_keeps_what_is_right_and_tries_the_rest_again(
     ]
 
 
+def test_a_part_answers_for_what_it_was_asked(path: Path, tmp_path: Path) -> None:
+    """Another artifact's failure stays in the table; a programme's own change alone makes its rows old."""
+    from gpu_bench.crew import Clock
+    from gpu_bench.pieces import Piece, complaints, origin, work_through
+    from gpu_bench.runs import sources
+
+    other = {"artifact": "other", "ok": False, "failure": "timeout", "message": "planted"}
+    file = tmp_path / "part.json"
+    file.write_text(json.dumps({"rows": [other]}))
+    wrong = {"ok": False, "failure": "", "message": ""}
+    pieces = [Piece(origin(path, "cpu", ("kernels",)), lambda left: wrong)] * 2
+    found = work_through(file, pieces, Clock(60))
+    assert complaints(found, pieces) == ["tiny-q0f32-full: wrong, see the table"] and not found["complete"]
+    assert [row["artifact"] for row in found["rows"]] == ["other", "tiny-q0f32-full"]
+    found = work_through(file, pieces, Clock(-1.0))  # what failed before is only named as left
+    assert complaints(found, pieces) == ["no time for tiny-q0f32-full; the same command goes on from here"]
+    assert sources(("kernels",)) != sources(("replays",)) and pieces[0].about == origin(path, "cpu", ("kernels",))
+
+
+def test_weights_are_made_within_all_of_the_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what they are for within its own."""
+    from gpu_bench import pieces
+
+    limits: list[float] = []
+
+    def alone(label: str, limit_s: float, *rest: Any) -> tuple[Any, dict[str, str]]:
+        limits.append(limit_s)
+        return {"ok": True}, {}
+
+    monkeypatch.setattr(pieces, "alone", alone)
+    monkeypatch.setattr(pieces, "has_weights", lambda given: False)
+    assert pieces.in_its_process(path, 400.0, dict, each_s=20.0)["ok"] and limits == [400.0, 20.0]
+
+
 FAKE = """#!{python}
 import subprocess, sys, time
 tool, command = sys.argv[2], sys.argv[sys.argv.index("86") + 1 :]

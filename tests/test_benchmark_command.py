@@ -52,6 +52,7 @@ def measured(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     return done.stdout, json.loads((folder / "r.json").read_text())
 
 
+@pytest.mark.heavy
 def test_the_command_measures_the_cross_product(measured: tuple[str, dict[str, Any]]) -> None:
     printed, result = measured
     assert result["complete"] and result["failures"] == [] and result["comparisons"] == []

@@ -84,6 +84,7 @@ def result(pair: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return made
 
 
+@pytest.mark.heavy
 def test_every_artifact_has_a_row_for_every_batch(result: dict[str, Any], pair: list[Path]) -> None:
     rows = result["rows"]
     assert result["complete"] and result["failures"] == []
@@ -103,6 +104,7 @@ def test_every_artifact_has_a_row_for_every_batch(result: dict[str, Any], pair: 
     assert rows[0]["decode_ratio"] == 1 and rows[0]["step_ratio"] == 1
 
 
+@pytest.mark.heavy
 def test_perplexity_is_the_scorers(result: dict[str, Any], pair: list[Path]) -> None:
     found = {}
     for path in pair:
@@ -119,6 +121,7 @@ def test_perplexity_is_the_scorers(result: dict[str, Any], pair: list[Path]) -> 
     assert abs(result["rows"][2]["perplexity_change"]) < 0.01
 
 
+@pytest.mark.heavy
 def test_bytes_predict_the_ratio(result: dict[str, Any], pair: list[Path]) -> None:
     """Weights once, without the table of positions, and the cached keys and values of each sequence."""
     sizes = []
@@ -132,6 +135,7 @@ def test_bytes_predict_the_ratio(result: dict[str, Any], pair: list[Path]) -> No
         assert row["step_ratio"] == pytest.approx(first / size)
 
 
+@pytest.mark.heavy
 def test_what_is_known_is_not_measured_again(
     result: dict[str, Any], pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +162,7 @@ def test_what_is_known_is_not_measured_again(
     assert calls == ["memory"]
 
 
+@pytest.mark.heavy
 def test_what_fails_is_told_and_the_rest_goes_on(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +183,7 @@ def test_what_fails_is_told_and_the_rest_goes_on(
     assert [row["peak_rss_mb"] for row in result["rows"]] == [None, 5.0]
 
 
+@pytest.mark.heavy
 def test_tables(result: dict[str, Any]) -> None:
     text = tables.render(result, "md")
     lines = [line for line in text.splitlines() if line.startswith("|")]
@@ -191,6 +197,7 @@ def test_tables(result: dict[str, Any]) -> None:
     assert "None" not in tables.render({**result, "rows": unfinished}, "md")
 
 
+@pytest.mark.heavy
 def test_labels_are_what_differs(result: dict[str, Any]) -> None:
     rows = result["rows"]
     assert tables.labels(rows) == ["q0f32", "q0f32", "q8f32", "q8f32"]
@@ -205,6 +212,7 @@ def test_the_front_is_what_nothing_beats() -> None:
     assert figures.front([]) == []
 
 
+@pytest.mark.heavy
 def test_the_figure_has_the_points(result: dict[str, Any], tmp_path: Path) -> None:
     figure = figures.make_figure(result)
     memory, size, speed = figure.axes
@@ -236,6 +244,7 @@ def test_schemes_are_the_registrys() -> None:
     assert "\n" not in str(found.value)
 
 
+@pytest.mark.heavy
 def test_the_cache_holds_what_was_compiled(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gpt2_tvm.build as build
 
@@ -269,6 +278,7 @@ def test_the_cache_holds_what_was_compiled(tiny_model: Path, tmp_path: Path, mon
 # ---- the command
 
 
+@pytest.mark.heavy
 def test_the_command_compares_what_it_is_given(pair: list[Path], tmp_path: Path) -> None:
     (tmp_path / "text").write_text(prompt_text())
     sizes = ("--batch", "1", "--prompt-tokens", 4, "--generate", 2, "--repeats", 1, "--warmup", 0)
@@ -291,6 +301,7 @@ def test_the_command_compares_what_it_is_given(pair: list[Path], tmp_path: Path)
     assert done.stdout.startswith("| artifact")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -320,6 +331,7 @@ def test_faults_are_one_line(pair: list[Path], arguments: tuple[str, ...], says:
     assert says in str(done.exception) and "\n" not in str(done.exception)
 
 
+@pytest.mark.heavy
 def test_other_tokenizers_are_refused(pair: list[Path], tiny_artifact: Path) -> None:
     text = Text("t", "some text")
     with pytest.raises(UserError, match="has no tokenizer"):

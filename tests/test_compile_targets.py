@@ -71,6 +71,7 @@ def require(target: str) -> None:
         pytest.skip(f"cannot compile for {target} here: needs {what}")
 
 
+@pytest.mark.heavy
 @models("q0f16")
 def test_cuda(model: str, quantization: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """A fatbin for three architectures and PTX; tensor cores in every float16 prefill matmul; nothing spilled
@@ -127,6 +128,7 @@ def test_rocm(model: str, quantization: str, gfx: str, request: pytest.FixtureRe
     assert {k.wave for k in kernels} == {32 if gfx == "gfx1100" else 64}
 
 
+@pytest.mark.heavy
 @models("q0f32")
 def test_webgpu(model: str, quantization: str, no_page: None, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """wgpu makes a pipeline of every kernel (what they compute is tested in test_wgpu_runner.py)."""
@@ -155,7 +157,10 @@ def test_webgpu_without_weights_is_refused(small_model: str, tmp_path: Path) -> 
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("target", ["x86-64-v3", "x86-64-v4", "arm64", "apple-m"])
+@pytest.mark.parametrize(
+    "target",
+    ["x86-64-v3", "arm64", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("x86-64-v4", "apple-m"))],
+)
 def test_cpu_elsewhere(target: str, small_model: str, tmp_path: Path) -> None:
     """Other CPUs' artifacts are built here; those that this machine cannot run are refused in one line, not by a
     crash."""

@@ -18,6 +18,7 @@ from targets import load_target
 HERE = Path(__file__).parent
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(
     (what := toolchains.missing(load_target("h200"))) is not None, reason=f"cannot compile for CUDA: needs {what}"
 )

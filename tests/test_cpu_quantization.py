@@ -260,12 +260,12 @@ def numpy_logits(config: GPT2Config, weights: dict[str, np.ndarray], ids: list[i
 
 
 MODELS = [
-    ("q16f32", "tied"),
+    pytest.param(("q16f32", "tied"), marks=pytest.mark.heavy),
     ("q8f32", "tied"),
-    ("q8f32", "untied"),
+    pytest.param(("q8f32", "untied"), marks=pytest.mark.heavy),
     ("q4f32_1", "tied"),
     pytest.param(("q4f16_1", "untied"), marks=pytest.mark.heavy),
-    ("q8f16", "tied"),
+    pytest.param(("q8f16", "tied"), marks=pytest.mark.heavy),
     pytest.param(("q0bf16", "tied"), marks=pytest.mark.heavy),
     pytest.param(("q8f32-float-embedding", "untied"), marks=pytest.mark.heavy),
     pytest.param(("q4f32_1-float-head", "untied"), marks=pytest.mark.heavy),

@@ -172,6 +172,7 @@ def test_threads_are_a_cpu_s(tmp_path: Path) -> None:
             make_runner(Artifact(tmp_path, {"target": {"kind": kind}}), None, 2)
 
 
+@pytest.mark.heavy
 def test_commands_take_and_record_threads(tiny_artifact: Path, tmp_path: Path) -> None:
     file = tmp_path / "g.json"
     options = ["--prompt-ids", "1,2,3", "--max-tokens", "4", "--threads", "1", "--json", str(file)]

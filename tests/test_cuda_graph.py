@@ -34,7 +34,7 @@ def plan_for(target: str, quantization: str = "q0f32", **changes: Any) -> Plan:
 # ---- what falls into a graph
 
 
-@pytest.mark.parametrize("quantization", ["q0f32", "q0f16"])
+@pytest.mark.parametrize("quantization", [pytest.param("q0f32", marks=pytest.mark.heavy), "q0f16"])
 def test_a_step_is_one_graph_launch_and_nothing_else(quantization: str) -> None:
     """In the final module, for CUDA: all kernels of a step inside one graph, as many as the manifest says."""
     from gpt2_tvm.inventory import function_table

@@ -84,6 +84,7 @@ def test_where_it_is_chosen() -> None:
     assert all(shared_bytes(head_dim) <= 48 * 1024 for head_dim in range(8, 129, 8))
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(
     (what := toolchains.missing(load_target("cuda"))) is not None, reason=f"cannot compile for CUDA: needs {what}"
 )

@@ -167,6 +167,7 @@ def test_a_draft_that_fell_behind_catches_up(engines: tuple[Engine, Engine]) -> 
     assert rates[0] == pytest.approx(rates[1], abs=0.12)
 
 
+@pytest.mark.heavy
 def test_a_near_tie_is_left_to_decode(models: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rejection, "TIE", 0.1)  # so wide that ties come often

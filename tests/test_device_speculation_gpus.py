@@ -41,6 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 # ---- CUDA, without one
 
 
+@pytest.mark.heavy
 def test_on_cuda_the_end_of_a_round_is_one_graph() -> None:
     plan = make_plan(CONFIG, load_target("h200"), "q0f16", batch_sizes=(1, 4), verify_widths=(4, 8))
     lowered, _ = lower_plan(plan)
@@ -135,6 +136,7 @@ def graphed(graph_pair: tuple[Path, Path]) -> Iterator[Callable[[bool], tuple[tu
     yield make
 
 
+@pytest.mark.heavy
 def test_a_round_becomes_one_graph_of_both_models(graphed: Any) -> None:
     engines, driver = graphed(False)
     given = prompts(1, 5, longest=8)
@@ -199,6 +201,7 @@ def test_webgpu_writes_greedys_text_with_one_submission_and_one_read_back_a_roun
         assert made.strategy.rounds.read_backs > 0
 
 
+@pytest.mark.heavy
 def test_webgpu_checks_lookups_with_one_submission_and_one_read_back_a_step(on_webgpu: tuple[Engine, Engine]) -> None:
     given = [[1, 2, 3, 4, 1, 2, 3]]
     expected = greedy(on_webgpu, given, 40)

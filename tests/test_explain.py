@@ -73,7 +73,7 @@ def row_reduction(combine: Any, shape: tuple[int, int] = (4, 96)) -> Any:
 # Which rule --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["webgpu", "x86-64-v3"])
+@pytest.mark.parametrize("target", [pytest.param("webgpu", marks=pytest.mark.heavy), "x86-64-v3"])
 def test_every_function_is_there_with_the_rule_that_took_it(target: str) -> None:
     made, low = report(target), lowered(target)
     table = {row["name"]: row for row in function_table(low, planned(target))["functions"]}
@@ -114,6 +114,7 @@ def test_wherever_a_rule_declines_the_report_says_why() -> None:
                     assert not a.reason and not a.places
 
 
+@pytest.mark.heavy
 def test_the_line_that_said_no_is_dlights_own_where_the_rule_is_dlights() -> None:
     """Our wrappers and subclasses of DLight's rules are on the way, and never the end of it."""
     from gpt2_tvm.schedules.registry import STOCK_GPU, make_rules
@@ -383,6 +384,7 @@ def test_a_compiler_that_is_missing_is_a_note(monkeypatch: pytest.MonkeyPatch) -
     assert [f.name for f in made.functions] == ["embed1"] and not made.functions[0].after.kernels
 
 
+@pytest.mark.heavy
 def test_numbers_of_symbolic_functions_are_for_the_sizes_that_are_named() -> None:
     made = [f for f in facts.collect(planned("webgpu", rules="stock"), "tiny").functions if "layer_norm" in f.name]
     decode, prefill = (next(f for f in made if f.role.startswith(what)) for what in ("decode", "prefill"))

@@ -274,6 +274,7 @@ def test_help_is_quick_because_it_imports_no_tvm() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.heavy
 def test_a_function_on_the_terminal(tiny_model: Path) -> None:
     done = explain("--model", str(tiny_model), "--target", "webgpu", "--function", "embed1", "--format", "md")
     assert done.returncode == 0, done.stderr

@@ -65,6 +65,7 @@ def hangs_or_dies(path: Path, device: str | None) -> dict[str, Any]:
     return {**numbers, "sizes": [], "same_ids": None, "refused": "", "failure": "", "message": "", "ok": True}
 
 
+@pytest.mark.heavy
 def test_a_hang_or_a_fault_is_a_row_and_the_others_go_on(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

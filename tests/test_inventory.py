@@ -76,7 +76,7 @@ def test_work_of_a_half_read_argument_is_that_half() -> None:
     assert work_of("read_values", te.create_prim_func([cache_, y])) == (4 * 2 * 10 * 4, 0)
 
 
-@pytest.mark.parametrize("target", ["cpu", "webgpu"])
+@pytest.mark.parametrize("target", ["cpu", pytest.param("webgpu", marks=pytest.mark.heavy)])
 def test_layer_norm_and_linear_of_the_model(target: str) -> None:
     E = CONFIG.n_embd
     norm = next(r for r in table(target)["functions"] if r["name"].startswith("layer_norm") and "prefill" in r["role"])
@@ -114,7 +114,13 @@ def test_attention_closed_form_equals_a_count_row_by_row(p: int, b: int, n: int)
 
 @pytest.mark.parametrize(
     ("target", "attention"),
-    [("cpu", "flash"), ("cuda", "flash"), ("webgpu", "flash"), ("cuda", "materialized"), ("webgpu", "materialized")],
+    [
+        ("cpu", "flash"),
+        ("cuda", "flash"),
+        ("webgpu", "flash"),
+        pytest.param("cuda", "materialized", marks=pytest.mark.heavy),
+        ("webgpu", "materialized"),
+    ],
 )
 def test_every_called_function_has_a_row(target: str, attention: str) -> None:
     low, _ = lowered(target, attention)

@@ -94,6 +94,7 @@ def test_folders_that_are_none(converted: Path, tmp_path: Path) -> None:
         open_library(broken, "cpu")
 
 
+@pytest.mark.heavy
 def test_the_benchmark_times_it_beside_ours(
     packages: Path, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

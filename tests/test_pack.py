@@ -137,6 +137,7 @@ def test_what_is_wrong_elsewhere_is_one_line(unpacked: Path, only_numpy: Path, t
     assert "Python 3.1 " in refusal(other, only_numpy, PROMPT)
 
 
+@pytest.mark.heavy
 def test_the_same_artifact_gives_the_same_bytes(tiny_artifact: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "1.tar.xz", tmp_path / "2.tar.xz"
     made = pack(tiny_artifact, first)  # with the compression that users get

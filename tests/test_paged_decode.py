@@ -31,6 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield tmp_path_factory.mktemp("paged")
 
 
+@pytest.mark.heavy
 def test_a_short_run(folder: Path) -> None:
     cases = [Case(1, 9, 6), Case(2, 9, 6)]
     made = paged_decode.measure("bundled", "q0f32", cases, 2, None, folder)

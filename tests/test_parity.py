@@ -63,6 +63,7 @@ SHAPES = {
     "head-of-1": GPT2Config(vocab_size=128, n_positions=400, n_embd=16, n_layer=1, n_head=16, n_inner=16),
 }
 SOME = ("head-20", "untied-silu")  # where each shape would add nothing
+QUICK = ("head-20", "head-64-gelu", "one-odd-head")
 # What the matmul and softmax of attention see: head sizes and scales, not activations or vocabularies
 HEADS = ("head-64-gelu", "tanh-scaled-by-layer", "unscaled-attention", "one-odd-head", "head-of-1")
 
@@ -160,7 +161,7 @@ def check_tree(engine: Engine, reference: Reference, lengths: tuple[int, ...], s
 # ---- batch 1, every shape
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.heavy) for n in SHAPES])
 def test_a_shape_at_every_length(make: Make, name: str) -> None:
     engine, reference = make(name)
     full = engine.config.n_positions

@@ -110,7 +110,7 @@ def launches(low: Any, plan: Any, name: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "target", ["cuda", "webgpu", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("metal", "rocm"))]
+    "target", ["cuda", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("webgpu", "metal", "rocm"))]
 )
 def test_launches_of_a_step(target: str) -> None:
     """A layer: LayerNorm with c_attn, attention with the append, c_proj with what merges the splits, LayerNorm with
@@ -145,6 +145,7 @@ def test_launches_of_gpt2(target: str, quantization: str, layers: int) -> None:
     assert found["launches"]["verify_b1_m4"] <= 5 * layers + 4
 
 
+@pytest.mark.heavy
 def test_what_each_pass_saves_on_a_gpu() -> None:
     """Launches a step, one pass alone: how many places it has."""
     none = table("cuda", "none")["launches_per_decode"]
@@ -244,6 +245,7 @@ def same(
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max(), err_msg=passes)
 
 
+@pytest.mark.heavy
 def test_cpu_results_without_any_pass_are_those_with_all(odd_model: Path, tmp_path: Path) -> None:
     same(odd_model, "cpu", "q8f32", ["none"], tmp_path, 1e-5)
 

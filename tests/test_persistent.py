@@ -117,6 +117,7 @@ def test_the_barrier_needs_no_reset() -> None:
     assert word.value == 1 << 31
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("found", "instead", "may_hang"),
     [

@@ -68,6 +68,7 @@ def test_faults_are_one_line(arguments: tuple[str, ...], says: str, tmp_path: Pa
     )
 
 
+@pytest.mark.heavy
 def test_gradual_on_the_command_line(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="needs pip install 'gpt2-tvm[reference]'")
     (tmp_path / "text").write_text(TEXT * 40)

@@ -40,7 +40,14 @@ def full_width(folder: Path, into: Path) -> Path:
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("methods", STRUCTURED, ids="+".join)
+@pytest.mark.parametrize(
+    "methods",
+    [
+        *(pytest.param(methods, marks=pytest.mark.heavy) for methods in STRUCTURED[:-1]),
+        STRUCTURED[-1],  # all of them together
+    ],
+    ids="+".join,
+)
 def test_the_cut_model_is_the_one_with_zeros(
     source: ModelSource, methods: tuple[str, ...], scope: str, tmp_path: Path
 ) -> None:

@@ -190,6 +190,7 @@ def test_timing_leaves_the_inputs_as_they_were(tiny_artifact: Path, worker: str)
 # What can go wrong ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_through_a_tracker_and_busy(tiny_artifact: Path, tracked: int) -> None:
     from tvm import rpc
 

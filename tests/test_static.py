@@ -64,8 +64,8 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 EVERYWHERE = [
     ("rtx-4090", "q0f16"),
     ("webgpu", "q0f32"),
-    ("metal", "q0f16"),
-    ("gfx1100", "q0f16"),
+    pytest.param("metal", "q0f16", marks=pytest.mark.heavy),
+    pytest.param("gfx1100", "q0f16", marks=pytest.mark.heavy),
     ("x86-64-v3", "q0f32"),
     pytest.param("gfx90a", "q0f32", marks=pytest.mark.heavy),
     pytest.param("cuda", "q0f32", marks=pytest.mark.heavy),  # three architectures in one library
@@ -160,6 +160,7 @@ def test_shared_memory_is_what_the_schedule_asks_for(tiny_model: Path) -> None:
     assert {"webgpu-matmul", "webgpu-gemv", "fallback", "ours"} <= compared
 
 
+@pytest.mark.heavy
 def test_cpu_vectors_are_the_targets(wide_model: Path) -> None:
     for name, bits in (("x86-64-v3", 256), ("x86-64-v4", 512)):
         rows = rows_of(wide_model, name, "q0f32")

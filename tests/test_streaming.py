@@ -272,6 +272,7 @@ def test_a_step_reads_back_once_and_few_integers(whole: Engine, monkeypatch: pyt
     assert len(sizes) == sizes.count(told) + decodes and decodes <= 3
 
 
+@pytest.mark.heavy
 def test_a_near_tie_is_left_to_decode(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpt2_tvm.streams.module.TIE", 0.1)  # so wide that ties come often
     wide = made(folder, "5", "wide")

@@ -50,6 +50,7 @@ def test_texts_say_what_the_model_thought(model: Path, tmp_path: Path, small: No
     assert (len(a), len(b)) == (5, 3)
 
 
+@pytest.mark.heavy
 def test_texts_are_written_once(model: Path, tmp_path: Path, small: None) -> None:
     folder = tmp_path / "texts"
     first = load_or_write(folder, str(model), 2)
@@ -70,6 +71,7 @@ def command(app: Any, *arguments: str) -> Any:
     return CliRunner().invoke(app, arguments)
 
 
+@pytest.mark.heavy
 def test_a_draft_learns_and_goes_on_where_it_was(model: Path, tmp_path: Path, small: None) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
@@ -109,6 +111,7 @@ def test_a_draft_learns_and_goes_on_where_it_was(model: Path, tmp_path: Path, sm
         np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-6, err_msg=name)
 
 
+@pytest.mark.heavy
 def test_streams_learn_and_compile(model: Path, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     from gpt2_tvm import train_streams

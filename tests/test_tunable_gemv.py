@@ -104,7 +104,9 @@ def fused(target: str, quantization: str, attention: str) -> tuple[Any, list[tup
     ]
 
 
-@pytest.mark.parametrize("target", ["cuda", "metal", "gfx942", "webgpu"])
+@pytest.mark.parametrize(
+    "target", ["cuda", "metal", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("gfx942", "webgpu"))]
+)
 @pytest.mark.parametrize(
     ("quantization", "attention"), [("q0f16", "flash"), pytest.param("q0f32", "materialized", marks=pytest.mark.heavy)]
 )

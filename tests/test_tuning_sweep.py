@@ -149,6 +149,7 @@ def test_a_sweep_of_the_bundled_model(swept: Path) -> None:
     assert found.header["launch_floor_us"] > 0
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("quantization", "dtype", "lanes"), [("q8f32", "int8", 4), ("q16f32", "float16", 2), ("q4f32_1", "int4", 8)]
 )

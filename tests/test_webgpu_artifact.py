@@ -112,6 +112,7 @@ def halves(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_model(str(tiny_model), "webgpu", "q16f32", output=folder, verify_widths=(4,))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("native", [True, False], ids=["shader-f16", "words"])
 def test_float16_weights_run_with_the_feature_and_without(
     halves: Path, tiny_model: Path, tmp_path: Path, native: bool, monkeypatch: pytest.MonkeyPatch
@@ -181,6 +182,7 @@ def test_windows_cover_a_tensor_once(nbytes: int, most: int) -> None:
     assert (len(windows) == 1) == (nbytes <= most // ALIGNMENT * ALIGNMENT)
 
 
+@pytest.mark.heavy
 def test_a_table_above_the_limit_is_bound_in_windows(
     tiny_model: Path, reference: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

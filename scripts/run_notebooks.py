@@ -1,7 +1,6 @@
-"""Execute the notebooks in `notebooks/`: `python scripts/run_notebooks.py [NAME...]` (02 will do for 02_rules.ipynb);
-with `--write` outputs are kept.
+"""Execute the notebooks in `notebooks/`: `python scripts/run_notebooks.py [NAME...]`; with `--write` outputs are kept.
 
-What is kept says nothing about the machine beyond what a cell prints on purpose: timings of cells and the interpreter's
+How a name begins is enough: 02 is 02_rules.ipynb. What is kept says nothing about the machine beyond what a cell prints on purpose: timings of cells and the interpreter's
 version are left out, and a path of this machine in an output is an error, so that it is mended in the cell.
 """
 

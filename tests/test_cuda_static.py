@@ -212,10 +212,10 @@ def test_prefill_of_sm_90a_runs_on_tensor_cores() -> None:
 @needs_tools[1]
 @pytest.mark.heavy
 def test_wider_steps_of_gpt2_xl() -> None:
-    """Batches of 1 and 12 and a verify of 4, where rows are 8 threads x 25 loads: no spills, the weight 16 bytes a
+    """Batches of 1, 4 and 12 and a verify of 4, where rows are 8 threads x 25 loads: no spills, the weight 16 bytes a
     load, and blocks that fit."""
-    made = built("xl", "q0f16", "sm_90", (1, 12), (4,))
-    steps = {"greedy_b1", "greedy_b12", "verify_b1_m4", "verify_b12_m4"}
+    made = built("xl", "q0f16", "sm_90", (1, 4, 12), (4,))
+    steps = {"greedy_b1", "greedy_b4", "greedy_b12", "verify_b1_m4", "verify_b4_m4", "verify_b12_m4"}
     assert steps <= set(made.table["launches"])
     assert not [k.kernel for k in made.kernels["sm_90"] if k.spill_bytes]
     for row in (f for f in made.table["functions"] if steps & set(f["calls"])):

@@ -1,7 +1,8 @@
 """Execute the notebooks in `notebooks/`: `python scripts/run_notebooks.py [NAME...]`; with `--write` outputs are kept.
 
-How a name begins is enough: 02 is 02_rules.ipynb. What is kept says nothing about the machine beyond what a cell prints on purpose: timings of cells and the interpreter's
-version are left out, and a path of this machine in an output is an error, so that it is mended in the cell.
+How a name begins is enough: 02 is 02_rules.ipynb. What is kept says nothing about the machine beyond what a cell prints
+on purpose: timings of cells and the interpreter's version are left out, and a path of this machine in an output is an
+error, so that it is mended in the cell.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import paged_decode
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """For `measure`, which compiles into it: what the first test of either compiled, for batches 1 and 2, serves both."""
+    """For `measure`, which compiles into it: what the first test compiled, for batches 1 and 2, serves both."""
     from gpt2_tvm import build
 
     compiled = build.compile_model

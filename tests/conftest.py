@@ -16,9 +16,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def no_page() -> Iterator[None]:
-    """Artifacts for webgpu without model.wasm, as where emcc is missing: a third of their compilation, and nothing that
-    wgpu needs."""
+    """Artifacts for webgpu without model.wasm, as where emcc is missing, and without the kernels for Chromium's device:
+    a third of their compilation, and nothing that wgpu needs."""
+    from gpt2_tvm.schedules.webgpu_variants import SWIFTSHADER, VARIANTS
+
+    native = tuple(variant for variant in VARIANTS if SWIFTSHADER not in variant.requires)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpt2_tvm.kernel_list.VARIANTS", native)
         patch.setattr("gpt2_tvm.toolchains.web.write_module", lambda *given: [])
         yield
 

@@ -112,10 +112,18 @@ def halves(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_model(str(tiny_model), "webgpu", "q16f32", output=folder, verify_widths=(4,))
 
 
+@pytest.fixture(scope="module")
+def halves_here(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """The model of `halves` on the CPU."""
+    folder = tmp_path_factory.mktemp("halves") / "cpu"
+    made = compile_model(str(tiny_model), "cpu", "q16f32", output=folder, rules="baseline", verify_widths=(4,))
+    return Engine(made)
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("native", [True, False], ids=["shader-f16", "words"])
 def test_float16_weights_run_with_the_feature_and_without(
-    halves: Path, tiny_model: Path, tmp_path: Path, native: bool, monkeypatch: pytest.MonkeyPatch
+    halves: Path, halves_here: Engine, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if native:
         device(f16=True)
@@ -129,13 +137,11 @@ def test_float16_weights_run_with_the_feature_and_without(
     plain = parse_wgsl((halves / "kernels.wgsl").read_text())
     assert not any(shader.needs_f16 for shader in plain.values())
     assert json.loads((halves / "manifest.json").read_text())["webgpu"].get("features", []) == []
-    folder = compile_model(str(tiny_model), "cpu", "q16f32", output=tmp_path / "cpu", rules="baseline")
-    other = Engine(folder)
-    assert_same(engine, other)
-    for each in (engine, other):
+    assert_same(engine, halves_here)
+    for each in (engine, halves_here):
         each.reset()
         each.prefill(PROMPT)
-    assert_close(engine.verify([3, 1, 4, 1]), other.verify([3, 1, 4, 1]), FLOAT32, "verify")
+    assert_close(engine.verify([3, 1, 4, 1]), halves_here.verify([3, 1, 4, 1]), FLOAT32, "verify")
 
 
 def test_float16_weights_take_half_the_memory(halves: Path, artifact: Path) -> None:

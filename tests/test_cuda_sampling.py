@@ -93,7 +93,7 @@ def drawing(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Engin
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GpuKernels, "for_target", sampling)
         folder = tmp_path_factory.mktemp("drawing") / "artifact"
-        compile_model(str(tiny_model), "webgpu", output=folder, batch_sizes=(1, 2), verify_widths=())
+        compile_model(str(tiny_model), "webgpu", output=folder, batch_sizes=(1, 2), verify_widths=(), page=False)
     try:
         return Engine(folder)
     except UserError as error:

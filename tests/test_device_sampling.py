@@ -256,7 +256,7 @@ def test_on_cuda_each_is_one_graph() -> None:
 @pytest.mark.heavy
 def test_webgpu_draws_with_one_submission_and_one_read_back_a_round(paths: tuple[Path, Path], tmp_path: Path) -> None:
     device()
-    made = opened(pair(paths, tmp_path, "webgpu", (4,), rules="full", batch_sizes=(1,)))
+    made = opened(pair(paths, tmp_path, "webgpu", (4,), rules="full", batch_sizes=(1,), page=False))
     decoding = sampled(made, prompts(1, 9, longest=8), 20, 1, temperature=1.0)
     steps, counted = iter(decoding), Counter[str]()
     next(steps)

@@ -29,7 +29,7 @@ from tuning.measure.shaders import ShaderTimer, _merged
 def webgpu_artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     device()
     folder = tmp_path_factory.mktemp("webgpu") / "tiny"
-    return compile_model(str(tiny_model), "webgpu", output=folder, verify_widths=())
+    return compile_model(str(tiny_model), "webgpu", output=folder, verify_widths=(), page=False)
 
 
 def expected(artifact: Path, call: str) -> dict[str, int]:

@@ -32,7 +32,7 @@ LONG = (  # of several chunks
     "My dear Mr. Bennet, said his lady to him one day, have you heard that Netherfield Park is let at last? Mr. Bennet "
     "replied that he had not. But it is, returned she; for Mrs. Long has just been here, and she told me all about it."
 )
-TOKENS, CHUNK = 64, 24
+TOKENS, CHUNK = 32, 24
 RUNTIME = re.compile(r"TVMFFI[A-Za-z]+")
 
 
@@ -143,8 +143,8 @@ def test_a_prompt_in_chunks(address: str, bundled_artifact: Path) -> None:
     prompts = [prompt[:length] for length in (2 * CHUNK + 1, 2 * CHUNK, CHUNK + 8, len(prompt))]
     texts = [tokenizer.decode(ids) for ids in prompts]
     assert [tokenizer.encode(text) for text in texts] == prompts
-    made = drive(address, [["complete", text, {"tokens": 12}] for text in texts])["answers"]
+    made = drive(address, [["complete", text, {"tokens": 8}] for text in texts])["answers"]
     for ids, answer in zip(prompts, made, strict=True):
         assert answer["usage"]["prompt_tokens"] == len(ids)
         engine.reset()
-        assert answer["ids"] == list(Generation(engine, ids, 12)), len(ids)
+        assert answer["ids"] == list(Generation(engine, ids, 8)), len(ids)

@@ -20,7 +20,7 @@ CLOSE = 1e-4
 @pytest.fixture(scope="module")
 def contiguous(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     path = tmp_path_factory.mktemp("contiguous") / "artifact"
-    return Engine(compile_model("bundled", output=path, batch_sizes=(1, 3, BATCH)))
+    return Engine(compile_model("bundled", output=path, batch_sizes=(1, 3, BATCH), verify_widths=(4,)))
 
 
 @pytest.fixture(scope="module")

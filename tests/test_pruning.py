@@ -39,14 +39,16 @@ def full_width(folder: Path, into: Path) -> Path:
     return write_hf_checkpoint(into, whole_config(made.config), expanded(made.config, iter_weights(made)))
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize(
-    "methods",
+    ("methods", "scope"),
     [
-        *(pytest.param(methods, marks=pytest.mark.heavy) for methods in STRUCTURED[:-1]),
-        STRUCTURED[-1],  # all of them together
+        *(
+            pytest.param(methods, scope, marks=pytest.mark.heavy)
+            for methods, scope in zip(STRUCTURED[:-1], ("global", "layer", "global", "layer"), strict=True)
+        ),
+        *((STRUCTURED[-1], scope) for scope in ("layer", "global")),  # all of them together
     ],
-    ids="+".join,
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
 def test_the_cut_model_is_the_one_with_zeros(
     source: ModelSource, methods: tuple[str, ...], scope: str, tmp_path: Path

@@ -145,7 +145,7 @@ def test_what_is_wrong_shows(monkeypatch: pytest.MonkeyPatch, found: str, instea
     try:  # in a process of its own: where blocks would hang a GPU, it ends
         child = multiprocessing.get_context("fork").Process(target=steps)
         child.start()
-        child.join(15 if may_hang else 300)
+        child.join(8 if may_hang else 300)  # right ones take two seconds
         hangs = child.is_alive()
         if hangs:  # blocks out of step wait for each other for ever; wrong values alone must not
             child.kill()

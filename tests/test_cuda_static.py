@@ -34,7 +34,6 @@ CONFIGS = {
     "124M": GPT2Config(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=2, n_head=12),
     "xl": GPT2Config(vocab_size=50257, n_positions=1024, n_embd=1600, n_layer=1, n_head=25),
 }
-MODELS = ["small", pytest.param("124M", marks=pytest.mark.heavy)]
 DTYPES = ["q0f16", "q0f32"]
 GEMV_RULES = ("wide-gemv", "norm-gemv", "quantised-gemv", "tunable-gemv", "gemv")
 UNROLLED = 64  # loads a thread in a row; a loop of more (the head of K = 1600) stays one
@@ -129,8 +128,10 @@ def weight_loads(made: Built, row: dict[str, Any]) -> int:
     return steps * tile * (1 if half or row["rule"] != "wide-gemv" else 2)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("quantization", ["q0f16", pytest.param("q0f32", marks=pytest.mark.heavy)])
+@pytest.mark.parametrize(
+    ("model", "quantization"),
+    [("small", "q0f16"), *(pytest.param("124M", quantization, marks=pytest.mark.heavy) for quantization in DTYPES)],
+)
 class TestSass:
     pytestmark = needs_tools
 

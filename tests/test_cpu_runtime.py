@@ -321,7 +321,7 @@ def test_memory_is_weights_cache_and_little_more(bundled_artifact: Path) -> None
 def test_memory_of_gpt2_124m(tmp_path: Path) -> None:
     from gpt2_tvm.build import compile_model
 
-    check_memory(compile_model("gpt2", "cpu", output=tmp_path / "gpt2"))
+    check_memory(compile_model("gpt2", "cpu", output=tmp_path / "gpt2", verify_widths=()))
 
 
 UNUSED = """

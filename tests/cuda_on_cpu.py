@@ -197,7 +197,7 @@ def _called(statement: str) -> str:
         return f"*({given[0]}) += {given[1]};"
     if text in ("ld.acquire.gpu.global.u32 %0, [%1];", "ld.global.cg.f32 %0, [%1];"):
         return f"{given[0]} = *({given[1]});"
-    if re.match(r"ld\.global\.cg\.v4\.[fu]32 ", text):
+    if re.match(r"ld\.global\.(cg|L1::no_allocate)\.v4\.[fu]32 ", text):
         loads = (f"std::memcpy(&{to}, (const char *)({given[4]}) + {4 * i}, 4);" for i, to in enumerate(given[:4]))
         return f'if ((uintptr_t)({given[4]}) % 16) emulated::fail("a wide load is not aligned"); {" ".join(loads)}'
     if text == "prefetch.global.L2 [%0];":

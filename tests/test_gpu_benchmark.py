@@ -223,6 +223,7 @@ def test_every_step_of_ours_has_an_artifact() -> None:
     assert named("h200", "q0f32") == [n for n in named("h200", "q0f16") if n != "gpt2 tensor"]
     for without in (named("h200", "q8f16"), named("t4", "q0f16")):  # the kernel of a whole step declines both
         assert not any("persistent" in name for name in without) and "bundled full" in without
+    assert "gpt2 late" in every and "gpt2 late" not in named("h200", "q8f16")  # packed weights are not loaded early
     assert VARIANTS["persistent"][0] == "with-persistent"
 
 
@@ -241,6 +242,7 @@ def test_each_variant_is_one_step_away_from_none() -> None:
     alone = {"attention": "flash", "wide": "wide-gemv", "norm": "norm-gemv", "tensor": "tensor-matmul"}
     assert not steps["stock"] and {name: steps[name] for name in alone} == {name: {s} for name, s in alone.items()}
     assert set(alone.values()) <= steps["full"] and steps["persistent"] == steps["full"] | {"persistent"}
+    assert steps["late"] == steps["full"] | {"late-norm-gemv"} and VARIANTS["late"][0].startswith("with-")
 
 
 @pytest.mark.heavy

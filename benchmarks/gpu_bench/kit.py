@@ -34,7 +34,7 @@ from targets import load_target, specialise
 HERE = Path(__file__).resolve().parent
 COMMAND_LINE = ("typer", "click", "rich", "pygments", "markdown_it", "mdurl", "shellingham", "annotated_doc")
 STOCK = "matmul,gemv,reduction,general-reduction"
-# Of one model, (rules, attention): none of our steps, each of them alone, the last two together with what they need.
+# Of one model, (rules, attention): none of our steps, each of them alone, the last three together with what they need.
 # One graph a token is a step too: every variant is launched both ways when it runs, so `stock` as a graph is it alone.
 VARIANTS = {
     "stock": ("stock", "materialized"),
@@ -43,6 +43,7 @@ VARIANTS = {
     "norm": (f"norm-gemv,{STOCK}", "materialized"),
     "tensor": (f"tensor-matmul,{STOCK}", "materialized"),
     "persistent": ("with-persistent", "flash"),
+    "late": ("with-late-norm-gemv", "flash"),  # all of them, but weights wait for their vector
     "full": ("full", "flash"),
 }
 Say = Callable[[str, float], None]
@@ -104,6 +105,8 @@ def jobs_of(
             if variant == "tensor" and q != "q0f16":  # in float32 that rule takes nothing
                 continue
             if variant == "persistent" and not (alone and q in ("q0f16", "q0f32")):
+                continue
+            if variant == "late" and q not in ("q0f16", "q0f32"):  # packed weights always do
                 continue
             yield model, q, variant
 

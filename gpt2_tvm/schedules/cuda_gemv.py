@@ -29,9 +29,11 @@ from typing import TYPE_CHECKING
 from tvm.s_tir.dlight.base import get_bytes
 
 from gpt2_tvm.schedules.gemv_config import GemvConfig
+from gpt2_tvm.schedules.launch_bounds import with_room
 from gpt2_tvm.schedules.tunable_gemv import GemvShape, TunableGemv
 
 if TYPE_CHECKING:
+    from tvm import s_tir
     from tvm.target import Target
 
 RULE = "wide-gemv"
@@ -99,11 +101,18 @@ def split_config(shape: GemvShape, target: Target) -> GemvConfig | None:
     return None if slices is None else replace(point, ts=max(point.ts, WARP // tr), tr=tr, split_k=slices)
 
 
+class _RoomForLoads(TunableGemv):
+    """`TunableGemv` with registers for all loads of a thread (`launch_bounds.py`)."""
+
+    def finish(self, sch: s_tir.Schedule, shape: GemvShape, config: GemvConfig, target: Target) -> s_tir.Schedule:
+        return with_room(sch, shape, config, target)
+
+
 def wide_gemv() -> TunableGemv:
     """The rule: `TunableGemv` at `wide_config`'s points."""
-    return TunableGemv(wide_config)
+    return _RoomForLoads(wide_config)
 
 
 def split_gemv() -> TunableGemv:
     """The rule: `TunableGemv` at `split_config`'s points."""
-    return TunableGemv(split_config)
+    return _RoomForLoads(split_config)

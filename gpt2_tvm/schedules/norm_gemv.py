@@ -5,6 +5,7 @@ of a row and no more: so every block of the product computes it again, for itsel
 from there. The same holds for what merges the splits of split-KV attention before the output projection.
 
     for block:
+        the weights of each thread into registers, where they fit (`early_loads.py`)
         for each reduction of the prologue (sum, squares): all threads of the block, one row after the other
         the vector into shared memory, all threads
         the product: `TunableGemv`'s stages, at the same points
@@ -26,9 +27,11 @@ from tvm.s_tir.dlight.base import get_bytes, try_inline_contiguous_spatial
 from tvm.s_tir.dlight.gpu.base import GPUScheduleRule
 from tvm.target import Target
 
+from gpt2_tvm.schedules import early_loads
 from gpt2_tvm.schedules.add_norm import schedule_add_norm
 from gpt2_tvm.schedules.gemv_config import GemvConfig, largest_factor
 from gpt2_tvm.schedules.gemv_match import GemvMatch, _one_row, _several_rows, without_rounding
+from gpt2_tvm.schedules.launch_bounds import with_room
 from gpt2_tvm.schedules.tunable_gemv import Chooser, GemvShape, _Stages, quantised
 
 RULE = "norm-gemv"
@@ -90,11 +93,12 @@ class NormGemv(GPUScheduleRule):
     """A function whose product [1..8 rows, K] x [N, K] reads a vector that the function itself computes; and residual
     add with LayerNorm (`add_norm.py`).
 
-    choose: as `TunableGemv`'s; what it leaves gets `config_for`'s point.
+    choose: as `TunableGemv`'s; what it leaves gets `config_for`'s point. early: load the weights before the vector is
+    computed, where that fits (`early_loads.py`).
     """
 
-    def __init__(self, choose: Chooser | None = None) -> None:
-        self.choose = choose
+    def __init__(self, choose: Chooser | None = None, early: bool = True) -> None:
+        self.choose, self.early = choose, early
 
     def apply(self, func: tirx.PrimFunc, target: Target, tunable: bool) -> s_tir.Schedule | None:
         if not isinstance(func, tirx.PrimFunc) or not self.is_target_available(target):
@@ -122,7 +126,15 @@ class NormGemv(GPUScheduleRule):
         if match.epilogue is None and (match.outputs is None or match.outputs % (config.ts * config.tile_s)):
             match.epilogue = sch.cache_write(match.block, 0, "local")
         # Step 5. The product's schedule, which places the prologue where it would load the vector
-        return _PrologueStages(sch, match, config, target, prologue).run()
+        early = self.early and early_loads.fits(match, config, shape.dtype, target)
+        stages = _PrologueStages(sch, match, config, target, prologue, early)
+        made = stages.run()
+        if made is None:
+            return None
+        if stages.early_weights is not None:
+            buffer = made.get(stages.early_weights).writes[0].source
+            made = s_tir.Schedule(early_loads.finish(made.mod["main"], buffer))
+        return with_room(made, shape, config, target)
 
 
 def match_prologue(sch: s_tir.Schedule) -> tuple[GemvMatch, list[Any]] | None:
@@ -161,13 +173,22 @@ class _PrologueStages(_Stages):
     """`TunableGemv`'s stages, with a vector that is computed in shared memory instead of read into it."""
 
     def __init__(
-        self, sch: s_tir.Schedule, match: GemvMatch, config: GemvConfig, target: Target, prologue: Any
+        self, sch: s_tir.Schedule, match: GemvMatch, config: GemvConfig, target: Target, prologue: Any, early: bool
     ) -> None:
         super().__init__(sch, match, config, target, None)
-        self.prologue = list(prologue)
+        self.prologue, self.early = list(prologue), early
+        self.early_weights: Any = None  # the block that loads them
 
     def _vector_fits(self) -> bool:
         return True  # `NormGemv.apply` has looked
+
+    def load_weights(self, lanes: Any, step: Any) -> None:
+        """Before the prologue, where they fit in registers; else as ever."""
+        if not self.early:
+            super().load_weights(lanes, step)
+            return
+        self.early_weights = self.sch.cache_read(lanes, read_buffer_index=self.match.weight, storage_scope="local")
+        early_loads.load_early(self.sch, self.early_weights, self.block_loop, self.config)
 
     def load_vector(self, lanes: Any) -> None:
         """The prologue, in the block's own loop, before the product."""

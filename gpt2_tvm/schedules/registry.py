@@ -68,6 +68,12 @@ def _norm_gemv(_: DeviceTarget) -> ScheduleRule:
     return NormGemv()
 
 
+def _late_norm_gemv(_: DeviceTarget) -> ScheduleRule:
+    from gpt2_tvm.schedules.norm_gemv import NormGemv
+
+    return NormGemv(early=False)
+
+
 def _matmul(_: DeviceTarget) -> ScheduleRule:
     from gpt2_tvm.schedules.cuda_matmul import MendedMatmul
 
@@ -151,6 +157,7 @@ RULES: dict[str, Callable[[DeviceTarget], Any]] = {
     "wide-gemv": _wide_gemv,
     "split-gemv": _split_gemv,
     "norm-gemv": _norm_gemv,
+    "late-norm-gemv": _late_norm_gemv,
     "persistent": _persistent,
     "reduction": _gpu("Reduction"),
     "general-reduction": _gpu("GeneralReduction"),

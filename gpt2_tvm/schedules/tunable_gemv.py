@@ -102,7 +102,12 @@ class TunableGemv(GPUScheduleRule):
         if self.guard and match.epilogue is None and partial:
             match.epilogue = sch.cache_write(match.block, 0, "local")
         # Step 5. The product
-        return _Stages(sch, match, config, target, split).run()
+        made = _Stages(sch, match, config, target, split).run()
+        return made and self.finish(made, shape, config, target)
+
+    def finish(self, sch: s_tir.Schedule, shape: GemvShape, config: GemvConfig, target: Target) -> s_tir.Schedule:
+        """What a rule adds to the complete schedule of a product."""
+        return sch
 
 
 def overruns(func: tirx.PrimFunc, target: Target) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -120,20 +121,21 @@ def _product(store: Any, loops: tuple[tuple[Any, Loop], ...], values: dict[Any, 
 
 
 def _tile(product: _Product) -> Tile | None:
-    (load, indices), (_, other) = product.matrix, product.other
-    shape = [int(e) if isinstance(e, tirx.IntImm) else None for e in load.source.shape]
+    (load, given), (_, other) = product.matrix, product.other
+    shape, indices = _joined(load, given)
     axes = [i for i, extent in enumerate(shape) if extent != 1]
     if len(axes) != 2 or any(shape[i] is None for i in axes):
         return None
-    shared = [i for i in axes if any(_same(indices[i], index) for index in other)]
+    same = partial(_same, product.loops)
+    shared = [i for i in axes if any(same(indices[i], index) for index in other)]
     if len(shared) != 1:
         return None
     (r_axis,) = shared
     (s_axis,) = (i for i in axes if i != r_axis)
-    if any(_depends(index, product.loops, indices[s_axis]) for index in other if not _same(index, indices[r_axis])):
+    if any(_depends(index, product.loops, indices[s_axis]) for index in other if not same(index, indices[r_axis])):
         return None  # a row of the other factor: a matrix product
     if any(
-        _static(index) is None and not _same(index, indices[r_axis]) for index in other
+        _static(index) is None and not same(index, indices[r_axis]) for index in other
     ):  # several rows of it: neither
         return None
     s, r = (_factors(indices[axis], product.loops) for axis in (s_axis, r_axis))
@@ -147,6 +149,18 @@ def _tile(product: _Product) -> Tile | None:
     blocks = prod(f.extent for f in s if f.kind == GRID)
     name, dtype = str(load.source.name), str(load.source.dtype)
     return Tile(name, dtype, rows, columns, ts, tr, tile_s, tile_r, vec, steps, blocks, tag_s, tag_r, s, r)
+
+
+def _joined(load: Any, indices: Sequence[Any]) -> tuple[list[int | None], Sequence[Any]]:
+    """The matrix's shape and indices. Registers may hold a row cut into several axes (`schedules.early_loads`: steps,
+    threads, neighbours): they are one again."""
+    shape = [int(e) if isinstance(e, tirx.IntImm) else None for e in load.source.shape]
+    if load.source.scope() != "local" or len(shape) != 4 or None in shape:
+        return shape, indices
+    column: Any = 0
+    for extent, index in zip(shape[1:], indices[1:], strict=True):
+        column = column * extent + index
+    return [shape[0], prod(extent for extent in shape[1:] if extent is not None)], [indices[0], column]
 
 
 def _split(factors: tuple[Factor, ...]) -> tuple[int, str, int, int]:
@@ -225,11 +239,16 @@ def _uses(expression: Any, var: Any) -> bool:
     return bool(found)
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(loops: tuple[tuple[Any, Loop], ...], a: Any, b: Any) -> bool:
     """Whether two indices run along the same axis: equal, in whatever order their terms are written, and no number."""
     if _static(a) is not None or _static(b) is not None:
         return False
-    return bool(tvm_ffi.structural_equal(a, b) or sym.Analyzer().can_prove_equal(a, b))
+    analyzer = sym.Analyzer()
+    for var, loop in loops:
+        if isinstance(loop.extent, int):
+            zero, extent = (tirx.IntImm(str(var.ty.dtype), number) for number in (0, loop.extent))
+            analyzer.bind(var, ir.Range.from_min_extent(zero, extent))
+    return bool(tvm_ffi.structural_equal(a, b) or analyzer.can_prove_equal(a, b))
 
 
 def _depends(index: Any, loops: tuple[tuple[Any, Loop], ...], other: Any) -> bool:

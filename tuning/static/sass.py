@@ -50,6 +50,7 @@ MIX = (
 )
 RESERVED_BYTES = 1024  # of each block: cuobjdump counts it as the kernel's own from sm_90 on
 _CODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", re.MULTILINE)
+_REGISTER = re.compile(r"\bR(\d+)\b")
 _STACK_ADDRESS = re.compile(r"\[\s*R1(?:\s*\+\s*-?0x[0-9a-f]+)?\s*\]")
 
 
@@ -101,6 +102,31 @@ class Kernel:
         return sum(
             1 for name, rest in _CODE.findall(self.listing) if name[:3] in ("LDL", "STL") and not _own_slot(rest)
         )
+
+    @cached_property
+    def bytes_in_flight(self) -> int:
+        """Bytes that one thread has asked global memory for and not used yet, at most: the sum over the loads whose
+        registers no later instruction has read. Counted down the listing, a loop once."""
+        flying: dict[int, int] = {}  # first register: bytes
+        most = 0
+        for name, rest in _CODE.findall(self.listing):
+            kind, operands = name.split(".", 1)[0], rest.split(",")
+            read = rest if kind in ("STG", "STS", "STL") else ",".join(operands[1:])
+            for register in map(int, _REGISTER.findall(read)):
+                for first in [first for first, size in flying.items() if first <= register < first + max(1, size // 4)]:
+                    del flying[first]
+            target = _REGISTER.search(operands[0])
+            if kind == "LDG" and target:
+                flying[int(target.group(1))] = width_bits(name) // 8
+                most = max(most, sum(flying.values()))
+        return most
+
+    def loads_before_barrier(self, bits: int = 128) -> tuple[int, int]:
+        """(loads of that width from global memory that stand before the first barrier of the block, all of them)."""
+        found = [name for name, _ in _CODE.findall(self.listing)]
+        barrier = next((i for i, name in enumerate(found) if name.startswith("BAR.")), len(found))
+        wide = [i for i, name in enumerate(found) if name.startswith("LDG.") and width_bits(name) == bits]
+        return sum(i < barrier for i in wide), len(wide)
 
 
 def _own_slot(operands: str) -> bool:

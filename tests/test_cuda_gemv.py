@@ -25,7 +25,10 @@ from gpt2_tvm.kernels.gpu_sample import sample_advance
 from gpt2_tvm.kernels.gpu_sampling import greedy_advance
 from gpt2_tvm.kernels.spec import GpuLimits
 from gpt2_tvm.pipeline import Lowered
+from gpt2_tvm.schedules import early_loads
 from gpt2_tvm.schedules.cuda_gemv import split_config, wide_config
+from gpt2_tvm.schedules.gemv_config import GemvConfig
+from gpt2_tvm.schedules.norm_gemv import NormGemv
 from gpt2_tvm.schedules.tunable_gemv import GemvShape
 from targets import load_target
 from tuning.predict import predict_us
@@ -107,6 +110,35 @@ def reference(name: str, func: tirx.PrimFunc, given: list[np.ndarray]) -> np.nda
 def test_the_source_computes_the_product(quantization: str, product: str, rows: int) -> None:
     made = lowered(quantization)
     check(made, function(made, product, rows))
+
+
+EARLY = {
+    "several loads a step": GemvConfig(ts=16, tr=4, tile_r=16, vec_load=16, vec_c=4),
+    "several outputs": GemvConfig(ts=4, tr=8, tile_s=2, tile_r=8, vec_load=16, vec_c=4),
+    "outputs in x": GemvConfig(ts=8, tr=8, tile_r=8, vec_load=16, vec_c=2, s_axis="x"),
+    "too many bytes": GemvConfig(ts=8, tr=1, tile_s=1, tile_r=8, vec_load=16, vec_c=4),
+    "a partial tile": GemvConfig(ts=32, tr=8, tile_s=4, tile_r=8, vec_load=16, vec_c=4),
+}
+
+
+@pytest.mark.parametrize("point", EARLY)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_early_loads_at_any_point(point: str, rows: int) -> None:
+    """What `--tuned` may ask for; where a thread's weights cannot be loaded early they are loaded as ever."""
+    made = lowered("q0f16")
+    name = function(made, "c_attn", rows)
+    target = load_target("h200").tvm_target()
+    with target:
+        schedule = NormGemv(lambda *_: EARLY[point]).apply(made.fused[name], target, False)
+    assert schedule is not None
+    func = schedule.mod["main"].with_attr("tirx.is_scheduled", True)
+    share = 320 // EARLY[point].tr * EARLY[point].tile_s * 2
+    fits = "partial" not in point and share <= (early_loads.MOST_BYTES if rows == 1 else early_loads.SEVERAL_ROWS_BYTES)
+    assert (early_loads.FUNCTION in func.script()) == fits
+    given = arrays(made.fused[name])
+    result = run(func, given, arch="sm_90")[-1]
+    wanted = reference(name, made.fused[name], given)
+    np.testing.assert_allclose(np.float64(result), wanted, rtol=2e-3, atol=2e-3)
 
 
 def product_of(outputs: int, reduced: int, dtype: str) -> Workload:

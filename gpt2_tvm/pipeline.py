@@ -13,8 +13,8 @@ from tvm import relax
 from gpt2_tvm.passes.apply_rules import apply_rules
 from gpt2_tvm.passes.cuda_graph import add_graph_steps
 from gpt2_tvm.passes.registry import applicable, graph_passes
+from gpt2_tvm.schedules.norm_gemv import LATE_RULE, NormGemv
 from gpt2_tvm.schedules.norm_gemv import RULE as NORM_RULE
-from gpt2_tvm.schedules.norm_gemv import NormGemv
 from gpt2_tvm.schedules.registry import Hit, make_rules
 from gpt2_tvm.schedules.tunable_gemv import TunableGemv
 from gpt2_tvm.schedules.tuned import RULE, Tuned
@@ -120,7 +120,8 @@ def lower(
         dump(2, fused)
         chosen = make_rules(rules, target)
         if tuned is not None:
-            chosen = [(n, NormGemv(tuned.choose) if n == NORM_RULE else rule) for n, rule in chosen]
+            ours = (NORM_RULE, LATE_RULE)
+            chosen = [(n, NormGemv(tuned.choose, n == NORM_RULE) if n in ours else rule) for n, rule in chosen]
             # a point is for every product of its shape; on WebGPU those with a prologue are written by their own rule
             of_ours = [WebgpuGemv(tuned.choose)] if any(n == WEBGPU_RULE for n, _ in chosen) else []
             chosen = [*((RULE, rule) for rule in (TunableGemv(tuned.choose), *of_ours)), *chosen]

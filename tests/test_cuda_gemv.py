@@ -133,12 +133,22 @@ def test_early_loads_at_any_point(point: str, rows: int) -> None:
     assert schedule is not None
     func = schedule.mod["main"].with_attr("tirx.is_scheduled", True)
     share = 320 // EARLY[point].tr * EARLY[point].tile_s * 2
-    fits = "partial" not in point and share <= (early_loads.MOST_BYTES if rows == 1 else early_loads.SEVERAL_ROWS_BYTES)
+    fits = "partial" not in point and share <= (early_loads.MOST_BYTES if rows == 1 else early_loads.FEW_BYTES)
     assert (early_loads.FUNCTION in func.script()) == fits
     given = arrays(made.fused[name])
     result = run(func, given, arch="sm_90")[-1]
     wanted = reference(name, made.fused[name], given)
     np.testing.assert_allclose(np.float64(result), wanted, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("quantization", ["q8f16", "q4f16_1", "q4f32_1"])
+def test_packed_weights_are_not_loaded_early(quantization: str) -> None:
+    """Rows of 80 words or fewer, one row and several: `norm-gemv` takes them as ever."""
+    made = lowered(quantization)
+    of_norm = [hit.function for hit in made.hits if hit.rule == "norm-gemv"]
+    packed = [name for name in of_norm if any(str(p.dtype) in ("uint32", "int8") for p in made.fused[name].params)]
+    assert {int(list(made.fused[name].params)[-1].shape[0]) for name in packed} == {1, 4}
+    assert not [name for name in packed if early_loads.FUNCTION in made.scheduled[name].script()]
 
 
 def product_of(outputs: int, reduced: int, dtype: str) -> Workload:

@@ -1,4 +1,4 @@
-"""Weights of a decode step that are on their way at once, read from the machine code of sm_80, sm_89 and sm_90."""
+"""Weights of a decode step that are on their way at once, read from the machine code of sm_80 and sm_90."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from gpt2_tvm import toolchains
 from gpt2_tvm.build import lower_plan, make_plan
 from gpt2_tvm.config import PRESETS
 from gpt2_tvm.inventory import function_table
+from gpt2_tvm.schedules import launch_bounds
+from gpt2_tvm.schedules.gemv_config import GemvConfig
+from gpt2_tvm.schedules.norm_gemv import NormGemv
 from targets import load_target
 from tuning.static import sass
 
 ARCHS = ("sm_80", "sm_90")
 RULES = ("norm-gemv", "late-norm-gemv", "wide-gemv")
-# An H200 (4.8 TB/s, some 600 ns to memory) is busy when this much is on its way (Little); a smaller matrix is, whole.
+# An H200 (4.8 TB/s, and we take 600 ns to memory) is busy when this much is on its way (Little), or a whole matrix.
 BUSY = 2.9e6
 MULTIPROCESSORS = 132
 
@@ -84,12 +87,46 @@ class TestLoads:
         for weight, (row, kernels) in products(model, quantization).items():
             reduced = config.n_embd * (4 if weight == "mlp.c_proj" else 1)
             size = outputs.get(weight, config.n_embd) * reduced * (2 if quantization == "q0f16" else 4)
-            threads, blocks = prod(row["block"]), prod(row["grid"])
             for kernel in kernels:
-                resident = 65536 // (threads * -(-kernel.registers // 8) * 8)
-                flying = min(blocks, MULTIPROCESSORS * resident) * threads * kernel.bytes_in_flight
+                flying = on_its_way(row, kernel)
                 assert flying >= min(size, BUSY), f"{kernel.arch} {weight}: {flying / 1e6:.1f} of {size / 1e6:.1f} MB"
                 assert not kernel.stack and not kernel.local, f"{kernel.arch} {weight}"
+
+
+def on_its_way(row: dict[str, Any], kernel: sass.Kernel) -> int:
+    """Bytes, on a whole H200."""
+    threads, blocks = prod(row["block"]), prod(row["grid"])
+    registers = -(-kernel.registers // 8) * 8
+    resident = min(65536 // (threads * registers), 2048 // threads, 32, (227 << 10) // (kernel.shared + 1024))
+    return min(blocks, MULTIPROCESSORS * resident) * threads * kernel.bytes_in_flight
+
+
+@pytest.mark.heavy
+def test_told_nothing_the_compiler_saves_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `launch_bounds.py` is for: XL's smallest product, neither early nor with room."""
+    monkeypatch.setattr(launch_bounds, "least_blocks", lambda *_: None)
+    row, kernels = products.__wrapped__("gpt2-xl", "q0f16", "with-late-norm-gemv")["attn.c_proj"]
+    for kernel in kernels:
+        assert on_its_way(row, kernel) < BUSY / 3, kernel.arch
+
+
+def test_large_blocks_keep_to_their_registers() -> None:
+    """1,024 threads, as a sweep may choose: 64 registers each."""
+    plan = make_plan(replace(PRESETS["gpt2-medium"], n_layer=1), load_target("h200"), "q0f16", verify_widths=())
+    lowered, _ = lower_plan(plan)
+    name = next(
+        row["name"]
+        for row in function_table(lowered, plan)["functions"]
+        if "attn.c_attn" in row["role"] and row["rule"] == "norm-gemv"
+    )
+    point = GemvConfig(ts=128, tr=8, tile_r=8, vec_load=16, vec_c=4)
+    with toolchains.compiling(plan.target) as target, tempfile.TemporaryDirectory() as folder:
+        schedule = NormGemv(lambda *_: point).apply(lowered.fused[name], target, False)
+        assert schedule is not None
+        made = tvm.compile(tvm.IRModule({name: schedule.mod["main"].with_attr("global_symbol", name)}), target=target)
+        (library,) = toolchains.export(made, plan.target, Path(folder))
+        kernels = sass.kernels(Path(folder, library).read_bytes())
+    assert kernels and not any(kernel.stack or kernel.local for kernel in kernels)
 
 
 def test_without_the_rule_they_wait() -> None:

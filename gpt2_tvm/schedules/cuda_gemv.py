@@ -15,7 +15,7 @@ Split-K over blocks, with a second kernel that adds the slices, is not done here
 would be computed once more for each slice). It buys bytes in flight, and the small matrices have none to gain: the
 four loads of a thread, in 384 blocks of 64 threads, are the whole of a 768 x 768 float16 matrix (1.2 MB; an H200 hides
 its latency from 2.9 MB on), for K = 3072 the slices are warps of one block, without a second launch, and for K = 1600
-(GPT-2 XL), where eight threads share a row, a thread has all of its 25 loads under way (`launch_bounds.py`). Whether
+(GPT-2 XL), where eight threads share a row, a thread has registers for its 25 loads (`launch_bounds.py`). Whether
 more blocks pay there is for a GPU to say: `split-gemv` is the same rule with slices (`--rules with-split-gemv`, and
 `--passes without-combine-gemv` for the output projection of attention, which is else `norm-gemv`'s). Measure it
 function by function: between its kernels the sums lie in TVM's workspace, which a captured graph does not own.

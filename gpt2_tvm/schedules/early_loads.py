@@ -24,6 +24,7 @@ from tvm.backend.cuda.op import cuda_func_call
 from tvm.s_tir.dlight.base import get_bytes
 
 from gpt2_tvm.kernels.math import rewrite
+from gpt2_tvm.schedules.launch_bounds import LONG
 
 if TYPE_CHECKING:
     from tvm.target import Target
@@ -42,21 +43,24 @@ __forceinline__ __device__ void {FUNCTION}(void *to, const void *from) {{
   *(uint4 *)to = value;
 }}
 """
-# Of weights a thread, for one row: 104 of the 128 registers that `launch_bounds.LONG` leaves. Several rows need
-# registers for their sums. A language model's head of four outputs a thread has more, and blocks that hide each other.
-MOST_BYTES, SEVERAL_ROWS_BYTES = 416, 128
+# Of weights a thread, for one row: 104 of the 128 registers that `launch_bounds.LONG` leaves to blocks of 512 threads
+# or fewer. Several rows need registers for their sums, and larger blocks have fewer to give.
+MOST_BYTES, FEW_BYTES = 416, 128
 
 
-def fits(match: GemvMatch, config: GemvConfig, dtype: str, target: Target) -> bool:
+def fits(sch: s_tir.Schedule, match: GemvMatch, config: GemvConfig, target: Target) -> bool:
     """Whether the weights of a thread can be loaded early: whole tiles of plain weights, not too many, on CUDA."""
-    if str(target.kind.name) != "cuda" or match.grouped != 1 or match.outputs is None or match.reduced is None:
+    dtype = str(sch.get(match.block).reads[match.weight].source.dtype)
+    if dtype not in ("float16", "float32") or match.weight_dtype(sch) != dtype:  # in words, or not in floating point
+        return False
+    if str(target.kind.name) != "cuda" or match.outputs is None or match.reduced is None:
         return False
     if config.vec_load != LOAD_BYTES or config.tile_r * get_bytes(dtype) % LOAD_BYTES:
         return False
     if match.outputs % (config.ts * config.tile_s) or match.reduced % (config.tr * config.tile_r):
         return False
     weights = match.reduced // config.tr * config.tile_s * get_bytes(dtype)
-    return weights <= (MOST_BYTES if match.rows == 1 else SEVERAL_ROWS_BYTES)
+    return weights <= (MOST_BYTES if match.rows == 1 and config.threads <= LONG else FEW_BYTES)
 
 
 def load_early(sch: s_tir.Schedule, cache: Any, block_loop: Any, config: GemvConfig) -> None:

@@ -35,6 +35,7 @@ from gpt2_tvm.schedules.launch_bounds import with_room
 from gpt2_tvm.schedules.tunable_gemv import Chooser, GemvShape, _Stages, quantised
 
 RULE = "norm-gemv"
+LATE_RULE = "late-norm-gemv"  # without early loads; stands before the other (`--rules with-late-norm-gemv`)
 FEW = 32  # a reduction over no more elements is one thread's
 LARGE = 16384  # outputs from which a block takes several a thread, so that fewer blocks repeat the prologue
 LOAD_BYTES = 16
@@ -126,7 +127,7 @@ class NormGemv(GPUScheduleRule):
         if match.epilogue is None and (match.outputs is None or match.outputs % (config.ts * config.tile_s)):
             match.epilogue = sch.cache_write(match.block, 0, "local")
         # Step 5. The product's schedule, which places the prologue where it would load the vector
-        early = self.early and early_loads.fits(match, config, shape.dtype, target)
+        early = self.early and early_loads.fits(sch, match, config, target)
         stages = _PrologueStages(sch, match, config, target, prologue, early)
         made = stages.run()
         if made is None:

@@ -20,7 +20,7 @@ from tuning.report.loops import extent_text
 
 QUANTISED = ("int8", "uint32")  # weights in integers, as they are or in words
 NO_PRODUCT = "it is no product of a weight with rows"
-OF_FEW_ROWS = ("norm-gemv", "quantised-gemv", "wide-gemv", "webgpu-gemv")
+OF_FEW_ROWS = ("norm-gemv", "late-norm-gemv", "quantised-gemv", "wide-gemv", "webgpu-gemv")
 _COMBINERS = {"Add": "sum", "Max": "maximum", "Min": "minimum", "Mul": "product"}
 
 
@@ -127,7 +127,7 @@ def _why_not_few_rows(rule: str, work: Work) -> str:
         return NO_PRODUCT
     if not isinstance(work.rows, int) or work.rows > MAX_ROWS:
         return f"{_rows_text(work.rows)}: the rule takes 1 to {MAX_ROWS} rows, known at compile time"
-    if rule == "norm-gemv" and not work.prologue:
+    if rule in ("norm-gemv", "late-norm-gemv") and not work.prologue:
         return "its vector comes as it is: nothing before the product has to be reduced for it"
     if rule == "quantised-gemv" and not work.quantised:
         return "its weight is stored in floating point"

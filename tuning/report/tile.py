@@ -155,7 +155,7 @@ def _joined(load: Any, indices: Sequence[Any]) -> tuple[list[int | None], Sequen
     """The matrix's shape and indices. Registers may hold a row cut into several axes (`schedules.early_loads`: steps,
     threads, neighbours): they are one again."""
     shape = [int(e) if isinstance(e, tirx.IntImm) else None for e in load.source.shape]
-    if load.source.scope() != "local" or len(shape) != 4 or None in shape:
+    if load.source.scope() != "local" or len(shape) != 4 or shape[0] == 1 or None in shape:
         return shape, indices
     column: Any = 0
     for extent, index in zip(shape[1:], indices[1:], strict=True):

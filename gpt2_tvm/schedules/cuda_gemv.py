@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from tvm.s_tir.dlight.base import get_bytes
 
-from gpt2_tvm.schedules.gemv_config import GemvConfig
+from gpt2_tvm.schedules.gemv_config import LOAD_BYTES, GemvConfig
 from gpt2_tvm.schedules.launch_bounds import with_room
 from gpt2_tvm.schedules.tunable_gemv import GemvShape, TunableGemv
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from tvm.target import Target
 
 RULE = "wide-gemv"
-LOAD_BYTES = 16
 WARP = 32
 THREADS = 128  # of a block
 BLOCKS = 256  # wanted at least: about two on each multiprocessor of a large GPU

@@ -24,6 +24,7 @@ from tvm.backend.cuda.op import cuda_func_call
 from tvm.s_tir.dlight.base import get_bytes
 
 from gpt2_tvm.kernels.math import rewrite
+from gpt2_tvm.schedules.gemv_config import LOAD_BYTES
 from gpt2_tvm.schedules.launch_bounds import LONG
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from gpt2_tvm.schedules.gemv_config import GemvConfig
     from gpt2_tvm.schedules.gemv_match import GemvMatch
 
-LOAD_BYTES = 16
 FUNCTION = "gpt2_tvm_load_16_bytes"
 SOURCE = f"""
 // gpt2_tvm: 16 bytes of a weight to registers, before any barrier that follows
@@ -59,7 +59,7 @@ def fits(sch: s_tir.Schedule, match: GemvMatch, config: GemvConfig, target: Targ
         return False
     if match.outputs % (config.ts * config.tile_s) or match.reduced % (config.tr * config.tile_r):
         return False
-    weights = match.reduced // config.tr * config.tile_s * get_bytes(dtype)
+    weights = config.weight_bytes(match.reduced, get_bytes(dtype))
     return weights <= (MOST_BYTES if match.rows == 1 and config.threads <= LONG else FEW_BYTES)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tvm.target import Target
 
 AXES = ("x", "y")
+LOAD_BYTES = 16  # of the widest load there is
 REDUCTIONS = ("shuffle", "shared")
 
 
@@ -74,6 +75,10 @@ class GemvConfig:
     def threads(self) -> int:
         """Threads of one block."""
         return self.ts * self.tr
+
+    def weight_bytes(self, reduced: int, item: int) -> int:
+        """Bytes of weights that one thread reads, of rows of `reduced` weights of `item` bytes."""
+        return reduced // self.tr // self.split_k * self.tile_s * item
 
     @property
     def s_tag(self) -> str:

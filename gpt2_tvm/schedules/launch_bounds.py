@@ -37,7 +37,7 @@ def least_blocks(shape: GemvShape, config: GemvConfig) -> int | None:
     weights have few loads."""
     if shape.rows > 1 or not shape.dtype.startswith("float"):
         return None
-    weights = (shape.reduced or 0) // config.tr // config.split_k * config.tile_s * get_bytes(shape.dtype)
+    weights = config.weight_bytes(shape.reduced or 0, get_bytes(shape.dtype))
     if weights <= SHORT_BYTES:
         return min(MOST_BLOCKS, max(1, SHORT // config.threads))
     blocks = -(-(shape.outputs or 0) // (config.ts * config.tile_s)) * config.split_k

@@ -29,7 +29,7 @@ from tvm.target import Target
 
 from gpt2_tvm.schedules import early_loads
 from gpt2_tvm.schedules.add_norm import schedule_add_norm
-from gpt2_tvm.schedules.gemv_config import GemvConfig, largest_factor
+from gpt2_tvm.schedules.gemv_config import LOAD_BYTES, GemvConfig, largest_factor
 from gpt2_tvm.schedules.gemv_match import GemvMatch, _one_row, _several_rows, without_rounding
 from gpt2_tvm.schedules.launch_bounds import with_room
 from gpt2_tvm.schedules.tunable_gemv import Chooser, GemvShape, _Stages, quantised
@@ -38,7 +38,6 @@ RULE = "norm-gemv"
 LATE_RULE = "late-norm-gemv"  # without early loads; stands before the other (`--rules with-late-norm-gemv`)
 FEW = 32  # a reduction over no more elements is one thread's
 LARGE = 16384  # outputs from which a block takes several a thread, so that fewer blocks repeat the prologue
-LOAD_BYTES = 16
 THREADS = 256  # of a block with quantised weights
 
 

@@ -104,9 +104,9 @@ def jobs_of(
         for variant in wanted:
             if variant == "tensor" and q != "q0f16":  # in float32 that rule takes nothing
                 continue
-            if variant == "persistent" and not (alone and q in ("q0f16", "q0f32")):
+            if variant in ("persistent", "late") and q not in ("q0f16", "q0f32"):  # packed weights: neither is for them
                 continue
-            if variant == "late" and q not in ("q0f16", "q0f32"):  # packed weights always do
+            if variant == "persistent" and not alone:
                 continue
             yield model, q, variant
 

@@ -104,6 +104,7 @@ def make_plan(
         raise UserError(f"--prefill-chunk {prefill_chunk}: give 1 or more tokens, and --interface mlc")
     widths = tuple(sorted({m for m in verify_widths if m <= capacity}))
     chosen = rule_set(rules, target)
+    target = with_letter(target, chosen)
     if PERSISTENT in chosen and (interface == MLC or attention != "flash"):
         raise UserError(
             f"rule {PERSISTENT!r} has attention and cache of its own; leave out --interface and --attention"
@@ -125,6 +126,21 @@ def make_plan(
     )
     _ = plan.step  # refuses what it is not made for
     return plan
+
+
+def with_letter(target: DeviceTarget, rules: Sequence[str]) -> DeviceTarget:
+    """The target whose architecture has the instructions that these rules write: sm_90a for sm_90 where one asks for
+    warpgroup instructions. Such code runs on that very architecture, and on no later one."""
+    from gpt2_tvm.schedules.registry import LETTERS
+
+    for rule in rules:
+        if (arch := LETTERS.get(rule)) is None or target.tvm.get("arch") == arch:
+            continue
+        plain = arch.rstrip("a")
+        if target.tvm.get("arch") != plain or set(target.archs) != {plain}:
+            raise UserError(f"rule {rule!r} is for {plain} alone, and {target.name} is not; take --target h200 or h100")
+        target = replace(target, tvm={**target.tvm, "arch": arch}, archs=(arch,))
+    return target
 
 
 def weight_layout(target: DeviceTarget) -> Any:

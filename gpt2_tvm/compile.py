@@ -23,7 +23,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 NEEDS = {
     "cpu": "{processor} and apache-tvm",
-    "cuda": "an NVIDIA GPU ({archs}, or a later one) with a driver for CUDA 13; no compiler",
+    "cuda": "an NVIDIA GPU ({archs}) with a driver for CUDA 13; no compiler",
     "metal": "a Mac with Apple silicon and apache-tvm's wheel there, whose runtime has Metal",
     "rocm": "an AMD GPU ({arch}) and a TVM built with USE_ROCM: apache-tvm's wheel has no ROCm runtime",
     "webgpu": "Python with wgpu (pip install 'gpt2-tvm[webgpu]') and a GPU or a software Vulkan device",
@@ -248,7 +248,9 @@ def needs(manifest: dict[str, Any]) -> str:
     target = manifest["target"]
     arch = target["tvm"].get("mcpu", "")
     processor = f"a processor like this one ({arch})" if target["native"] else target["description"].rstrip(".")
-    text = NEEDS[target["kind"]].format(processor=processor, archs=", ".join(target["archs"]), arch=arch)
+    later = "" if any(name[-1].isalpha() for name in target["archs"]) else ", or a later one"
+    archs = ", ".join(target["archs"]) + later
+    text = NEEDS[target["kind"]].format(processor=processor, archs=archs, arch=arch)
     if manifest["library"].endswith(".tar"):
         text += f"; {manifest['library']} holds objects, linked where it is loaded, by that machine's C++ compiler"
     return text

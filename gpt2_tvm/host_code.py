@@ -7,6 +7,7 @@ not guessed from names.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,14 @@ DATA, SHAPE, ARGUMENT_HANDLE, ELEMENT = 1, 2, 15, 17
 # Tags among a launch's parameters that say how it is made and stand for no value.
 COOPERATIVE = "tirx.use_cooperative_launch"
 MANNERS = (COOPERATIVE, "tirx.use_programtic_dependent_launch")
+COMPARISONS: dict[str, Callable[[int, int], bool]] = {
+    "LT": operator.lt,
+    "LE": operator.le,
+    "GT": operator.gt,
+    "GE": operator.ge,
+    "EQ": operator.eq,
+    "NE": operator.ne,
+}
 
 
 @dataclass(frozen=True)
@@ -45,9 +54,20 @@ class Scratch:
 
 
 @dataclass(frozen=True)
+class When:
+    """A condition that host code asks before a launch: a comparison of two numbers, by its name in `COMPARISONS`, and
+    what it has to be."""
+
+    a: Callable[[Callable[[Extent], Text]], Text]
+    comparison: str
+    b: Callable[[Callable[[Extent], Text]], Text]
+    wanted: bool
+
+
+@dataclass(frozen=True)
 class HostLaunch:
     """One launch. buffers: each an argument's index or a Scratch. scalars, grid: called with what stands for an
-    `Extent`. cooperative: CUDA must have all blocks resident at once.
+    `Extent`. cooperative: CUDA must have all blocks resident at once. when: it is made where all of these hold.
     """
 
     kernel: str
@@ -55,6 +75,11 @@ class HostLaunch:
     scalars: tuple[Callable[[Callable[[Extent], Text]], Text], ...]
     grid: tuple[Callable[[Callable[[Extent], Text]], Text], ...]
     cooperative: bool = False
+    when: tuple[When, ...] = ()
+
+    def is_made(self, size: Callable[[Extent], int]) -> bool:
+        """Whether host code makes this launch for arguments of these sizes."""
+        return all(COMPARISONS[w.comparison](int(w.a(size)), int(w.b(size))) == w.wanted for w in self.when)
 
 
 def host_launches(functions: dict[Any, tirx.PrimFunc], target: tvm.target.Target) -> dict[str, list[HostLaunch]]:
@@ -86,6 +111,16 @@ def launch_values(call: Call) -> dict[str, Any]:
     return dict(zip(tags, list(call.args)[len(call.args) - len(tags) :], strict=True))
 
 
+def _is_launch(call: Call) -> bool:
+    return str(getattr(call.op, "name", "")).endswith("call_ffi_kernel")
+
+
+def _launches(node: Any) -> bool:
+    found: list[Any] = []
+    tvm_ffi.structural_walk(node, [(Call, lambda call: found.append(call) if _is_launch(call) else None)], order="pre")
+    return bool(found)
+
+
 class _Reader:
     """One host function: its definitions, then its launches in terms of its arguments."""
 
@@ -94,14 +129,35 @@ class _Reader:
         self.values: dict[Any, Any] = {}
         self.scratch: dict[Any, Scratch] = {}
         self.launches: list[HostLaunch] = []
+        self.when: tuple[When, ...] = ()
+        self._walk(func.body)
+
+    def _walk(self, body: Any) -> None:
         visit = [
             (tirx.Bind, self._bind),
             (tirx.DeclBuffer, self._declare),
             (tirx.AllocBuffer, self._allocate),
             ((tirx.For, tirx.While), self._refuse),
+            (tirx.IfThenElse, self._branch),
             (Call, self._call),
         ]
-        tvm_ffi.structural_walk(func.body, visit, order="pre")
+        tvm_ffi.structural_walk(body, visit, order="pre")
+
+    def _branch(self, node: Any) -> Any:
+        """Both ways of a condition with launches in it, each of them under it."""
+        if not _launches(node):
+            return None
+        comparison = type(node.condition).__name__
+        if comparison not in COMPARISONS:
+            raise RuntimeError(f"the host code of {self.name} launches by {node.condition}; it cannot be replayed")
+        outer = self.when
+        for body, wanted in ((node.then_case, True), (node.else_case, False)):
+            if body is not None:
+                a, b = self._expression(node.condition.a), self._expression(node.condition.b)
+                self.when = (*outer, When(a, comparison, b, wanted))
+                self._walk(body)
+        self.when = outer
+        return tvm_ffi.WalkResult.SKIP
 
     def _bind(self, node: Any) -> None:
         self.values[node.var] = node.value
@@ -120,7 +176,7 @@ class _Reader:
         raise RuntimeError(f"the host code of {self.name} has a loop around its kernels; it cannot be replayed")
 
     def _call(self, call: Call) -> None:
-        if not str(getattr(call.op, "name", "")).endswith("call_ffi_kernel"):
+        if not _is_launch(call):
             return
         extents = launch_values(call)
         given = list(call.args[1:])
@@ -134,6 +190,7 @@ class _Reader:
                 scalars=tuple(self._expression(a) for a in plain[len(pointers) :]),
                 grid=tuple(self._expression(extents.get(f"blockIdx.{axis}", one)) for axis in "xyz"),
                 cooperative=COOPERATIVE in map(str, call.attrs.launch_params),
+                when=self.when,
             )
         )
 

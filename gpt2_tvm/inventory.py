@@ -38,7 +38,8 @@ def function_table(lowered: Lowered, plan: Plan) -> dict[str, Any]:
     Returns a dictionary of
     compute_dtype: dtype of activations and caches.
     functions: a row for each PrimFunc that is called: name · role, from the parameters it is called with · rule ·
-    kernels, the device kernels it consists of · grid, block (of the first; None on a CPU) · shared_memory_bytes a
+    kernels, the device kernels it consists of · launched, how many of them one call launches: fewer where the host
+    takes one of several by the number of rows · grid, block (of the first; None on a CPU) · shared_memory_bytes a
     block, as scheduled (what TVM adds for reductions across threads is not in it) · bytes, each input read and each
     output written once · flops, see `work` · calls, {exported function: times it is called}. launches: {exported
     function: kernels launched by one call}. launches_per_decode: of one greedy step at the smallest batch.
@@ -57,14 +58,14 @@ def function_table(lowered: Lowered, plan: Plan) -> dict[str, Any]:
             seen += [name for name in names if name not in seen]
     on_cpu = plan.target.kind == "cpu"
     shared = {} if on_cpu else _shared_memory(bodies, lowered.hits)
-    rows, kernels = [], {}
+    rows, launched = [], {}
     for hit in lowered.hits:
         name = hit.function
         callers = {caller: count[name] for caller, count in calls.items() if count[name]}
         if not callers:  # became a view, or folded away
             continue
         nests = [] if on_cpu else _nests(bodies[name])
-        kernels[name] = 1 if on_cpu else len(nests)
+        launched[name] = 1 if on_cpu else _launched(bodies[name])
         grid, block = nests[0] if nests else (None, None)
         nbytes, flops = work_of(name, unscheduled[name])
         rows.append(
@@ -72,7 +73,8 @@ def function_table(lowered: Lowered, plan: Plan) -> dict[str, Any]:
                 "name": name,
                 "role": _role(name, list(callers), parameters[name]),
                 "rule": hit.rule,
-                "kernels": kernels[name],
+                "kernels": 1 if on_cpu else len(nests),
+                "launched": launched[name],
                 "grid": grid,
                 "block": block,
                 "shared_memory_bytes": None if on_cpu else shared.get(name, 0),
@@ -81,7 +83,7 @@ def function_table(lowered: Lowered, plan: Plan) -> dict[str, Any]:
                 "calls": callers,
             }
         )
-    launches = {caller: sum(kernels[f] * times for f, times in count.items()) for caller, count in calls.items()}
+    launches = {caller: sum(launched[f] * times for f, times in count.items()) for caller, count in calls.items()}
     return {
         "compute_dtype": plan.scheme.compute_dtype,
         "functions": rows,
@@ -166,6 +168,27 @@ def _nests(func: tirx.PrimFunc) -> list[tuple[list[Text], list[Text]]]:
     return [([e.get(f"blockIdx.{a}", 1) for a in AXES], [e.get(f"threadIdx.{a}", 1) for a in AXES]) for e in nests]
 
 
+def _launched(node: Any) -> int:
+    """The kernels that one call launches: where the host takes one of two ways, those of the longer one."""
+    total = 0
+
+    def kernel(loop: tirx.For) -> Any:
+        nonlocal total
+        if loop.thread_binding is None:
+            return None
+        total += 1
+        return tvm_ffi.WalkResult.SKIP
+
+    def ways(branch: tirx.IfThenElse) -> Any:
+        nonlocal total
+        total += max(_launched(branch.then_case), _launched(branch.else_case) if branch.else_case is not None else 0)
+        return tvm_ffi.WalkResult.SKIP
+
+    body = node.body if isinstance(node, tirx.PrimFunc) else node
+    tvm_ffi.structural_walk(body, [(tirx.For, kernel), (tirx.IfThenElse, ways)], order="pre")
+    return total
+
+
 def _shared_memory(bodies: dict[str, tirx.PrimFunc], hits: list[Hit]) -> dict[str, Text]:
     """Bytes of shared memory a block, by function. A rule's buffers have their whole shape until TVM compacts them
     to what one block touches, so those functions go through the passes that do; our own kernels are written that
@@ -190,6 +213,22 @@ def _shared_memory(bodies: dict[str, tirx.PrimFunc], hits: list[Hit]) -> dict[st
 
 
 def _shared_bytes(func: tirx.PrimFunc) -> Text:
+    """Of the kernel that needs most; what stands outside of all kernels is each one's."""
+    most: list[Text] = [0]
+
+    def kernel(loop: tirx.For) -> Any:
+        if loop.thread_binding is None:
+            return None
+        found = _allocated(loop)
+        most[0] = combine("max", most[0], found) if most[0] != 0 else found
+        return tvm_ffi.WalkResult.SKIP
+
+    tvm_ffi.structural_walk(func.body, [(tirx.For, kernel)], order="pre")
+    return combine("+", _allocated(func.body, outside=True), most[0])
+
+
+def _allocated(body: Any, outside: bool = False) -> Text:
+    """Bytes of the shared buffers in `body`; outside: only those that stand in no kernel."""
     total: list[Text] = [0]
 
     def see(block: s_tir.SBlock) -> None:
@@ -200,5 +239,8 @@ def _shared_bytes(func: tirx.PrimFunc) -> Text:
                     nbytes = combine("*", nbytes, _extent_text(extent))
                 total[0] = combine("+", total[0], nbytes)
 
-    tvm_ffi.structural_walk(func.body, [(s_tir.SBlock, see)], order="pre")
+    def kernel(loop: tirx.For) -> Any:
+        return tvm_ffi.WalkResult.SKIP if outside and loop.thread_binding is not None else None
+
+    tvm_ffi.structural_walk(body, [(s_tir.SBlock, see), (tirx.For, kernel)], order="pre")
     return total[0]

@@ -23,6 +23,7 @@
 #define __launch_bounds__(...)
 
 using half = _Float16;
+using uchar = unsigned char;
 using uint = unsigned;
 using ushort = unsigned short;
 using std::max;
@@ -74,6 +75,7 @@ struct Pointer {
 namespace emulated {
 
 struct Copy { void *to; const void *from; int bytes; };
+struct Product { std::vector<float *> sums; uint64_t a, b; bool onto; };
 enum Wait { RUNS, BLOCK, WARP, SPINS, DONE };
 
 struct Thread {
@@ -86,6 +88,9 @@ struct Thread {
   std::function<void(int)> *operation = nullptr;
   std::vector<Copy> issued;
   std::vector<std::vector<Copy>> groups;
+  std::vector<Copy> unfenced;  // arrived; for the tensor cores only a fence makes them so
+  std::vector<Product> asked;
+  std::vector<std::vector<Product>> products;
 };
 
 inline std::vector<Thread> threads;
@@ -98,8 +103,11 @@ inline std::function<void()> body;
   std::exit(1);
 }
 
+inline bool late;  // asynchronous products: done when they are waited for, or at once
+
 inline void run_body() {
   body();
+  if (!threads[current].asked.empty() || !threads[current].products.empty()) fail("a thread ends before its products");
   threads[current].wait = DONE;
   swapcontext(&threads[current].context, &scheduler);
 }
@@ -119,7 +127,36 @@ inline unsigned char *dynamic() { return threads[current].shared; }
 // Every thread of a warp calls this with its own `gather`; when all have, each one's `result(lane)` runs.
 inline void warp(const char *what, std::function<void(int)> &finish) { pause(WARP, what, &finish); }
 
+// By 16 bytes of dynamic shared memory: whether a copy arrived there that no fence has shown the tensor cores.
+inline std::vector<char> hidden;
+inline unsigned char *hidden_from;
+
+inline char *hiding(const void *at) {
+  const auto offset = (const unsigned char *)at - hidden_from;
+  return offset >= 0 && offset / 16 < (int64_t)hidden.size() ? &hidden[offset / 16] : nullptr;
+}
+
 constexpr int MOST_SHARED = 232448, SHARED_ALIGNMENT = 1024;  // what a block of an H100 may have
+
+// Runs a warp's threads, then the instruction that they meet at; whether they met at one.
+inline bool run_warp(int first, int end, int order) {
+  for (int i = first; i < end; ++i) {
+    current = order ? first + end - 1 - i : i;
+    if (threads[current].wait != RUNS) continue;
+    threadIdx = threads[current].index, blockIdx = threads[current].block;
+    swapcontext(&scheduler, &threads[current].context);
+  }
+  int waiting = 0;
+  for (int t = first; t < end; ++t) waiting += threads[t].wait == WARP;
+  if (!waiting) return false;
+  for (current = first; current < end; ++current)
+    if (threads[current].wait != WARP || threads[current].what != threads[first].what)
+      fail("threads of a warp part before an instruction that takes all of them");
+  for (int t = first; t < end; ++t) (*threads[t].operation)(0);  // operands of all before results of any
+  for (int t = first; t < end; ++t) (*threads[t].operation)(1);
+  for (int t = first; t < end; ++t) threads[t].wait = RUNS;
+  return true;
+}
 
 // The blocks at once. order: 0 forwards, 1 backwards. Code that depends on it has a race.
 inline void run_blocks(const std::vector<Dim> &blocks, Dim shape, int order, std::function<void()> kernel) {
@@ -127,7 +164,8 @@ inline void run_blocks(const std::vector<Dim> &blocks, Dim shape, int order, std
   static std::vector<unsigned char> memory;
   memory.assign(blocks.size() * MOST_SHARED + SHARED_ALIGNMENT, 0xff);
   auto *arena = (unsigned char *)(((uintptr_t)memory.data() + SHARED_ALIGNMENT - 1) / SHARED_ALIGNMENT * SHARED_ALIGNMENT);
-  body = kernel;
+  body = kernel, late = order;
+  hidden.assign(memory.size() / 16, 0), hidden_from = arena;
   threads.resize(all);
   for (int i = 0; i < all; ++i) {
     Thread &self = threads[i];
@@ -135,7 +173,7 @@ inline void run_blocks(const std::vector<Dim> &blocks, Dim shape, int order, std
     self.stack.resize(128 << 10);
     self.index = {t % shape.x, t / shape.x % shape.y, t / shape.x / shape.y};
     self.block = blocks[i / count], self.shared = arena + (size_t)(i / count) * MOST_SHARED;
-    self.wait = RUNS, self.issued.clear(), self.groups.clear();
+    self.wait = RUNS, self.issued.clear(), self.groups.clear(), self.unfenced.clear();
     getcontext(&self.context);
     self.context.uc_stack = {self.stack.data(), 0, self.stack.size()};
     self.context.uc_link = nullptr;
@@ -143,26 +181,14 @@ inline void run_blocks(const std::vector<Dim> &blocks, Dim shape, int order, std
   }
   bool woken = false;
   while (true) {
-    for (int i = 0; i < all; ++i) {
-      current = order ? all - 1 - i : i;
-      if (threads[current].wait != RUNS) continue;
-      threadIdx = threads[current].index, blockIdx = threads[current].block;
-      swapcontext(&scheduler, &threads[current].context);
-    }
     bool moved = false;
     for (int block = 0; block < all; block += count)
-      for (int w = block; w < block + count; w += 32) {
-        const int end = min(w + 32, block + count);
-        int waiting = 0;
-        for (int t = w; t < end; ++t) waiting += threads[t].wait == WARP;
-        if (!waiting) continue;
-        for (current = w; current < end; ++current)
-          if (threads[current].wait != WARP || threads[current].what != threads[w].what)
-            fail("threads of a warp part before an instruction that takes all of them");
-        for (int t = w; t < end; ++t) (*threads[t].operation)(0);  // operands of all before results of any
-        for (int t = w; t < end; ++t) (*threads[t].operation)(1);
-        for (int t = w; t < end; ++t) threads[t].wait = RUNS;
-        moved = true;
+      for (int i = 0; i < count; i += 32) {
+        const int first = block + (order ? (count - 1) / 32 * 32 - i : i), end = min(first + 32, block + count);
+        while (run_warp(first, end, order)) {
+          moved = true;
+          if (!order) break;  // backwards, a warp goes as far as it can before the others begin
+        }
       }
     if (moved) {
       woken = false;
@@ -262,9 +288,57 @@ template <typename T> T exchange(T value, std::function<int(int)> from) {
 inline void finish_groups(int left) {
   Thread &self = threads[current];
   while ((int)self.groups.size() > left) {
-    for (const Copy &copy : self.groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    for (const Copy &copy : self.groups.front()) {
+      std::memcpy(copy.to, copy.from, copy.bytes);
+      if (char *flag = hiding(copy.to)) *flag = 1, self.unfenced.push_back(copy);
+    }
     self.groups.erase(self.groups.begin());
   }
+}
+
+inline void fence_async() {
+  for (const Copy &copy : threads[current].unfenced) *hiding(copy.to) = 0;
+  threads[current].unfenced.clear();
+}
+
+// Element k of a line of the matrix that a wgmma descriptor says is in shared memory: K-major with the 128-byte swizzle.
+inline float described(uint64_t descriptor, int line, int k) {
+  if (descriptor >> 62 != 1 || descriptor >> 49 & 7) fail("a descriptor without the 128-byte swizzle");
+  const uint64_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+  uint64_t at = start + line / 8 * stride + line % 8 * 128 + k * 2;
+  at ^= at >> 3 & 0x70;
+  if (at + 2 > MOST_SHARED) fail("a descriptor beyond shared memory");
+  if (*hiding(dynamic() + at)) fail("tensor cores read what no fence has shown them");
+  return (float)*(const half *)(dynamic() + at);
+}
+
+// d (64 x N) = a (64 x 16) b (N x 16)^T, and what was there: a thread's part of it.
+inline void multiply(const Product &p) {
+  const int lane = current % 32, warp = current / 32 % 4;
+  for (int i = 0; i < (int)p.sums.size(); ++i) {
+    const int row = warp * 16 + lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    float sum = p.onto ? *p.sums[i] : 0;
+    for (int k = 0; k < 16; ++k) sum += described(p.a, row, k) * described(p.b, column, k);
+    *p.sums[i] = sum;
+  }
+}
+
+// The asynchronous product of a warpgroup.
+inline void wgmma(std::vector<float *> sums, uint64_t a, uint64_t b, bool onto) {
+  std::function<void(int)> operation = [](int) {};
+  warp("wgmma", operation);
+  threads[current].asked.push_back({sums, a, b, onto});
+}
+inline void products_committed() {
+  Thread &self = threads[current];
+  if (!late) for (const Product &p : self.asked) multiply(p);
+  self.products.push_back(late ? self.asked : std::vector<Product>());
+  self.asked.clear();
+}
+inline void products_done(int left) {
+  Thread &self = threads[current];
+  for (; (int)self.products.size() > left; self.products.erase(self.products.begin()))
+    for (const Product &p : self.products.front()) multiply(p);
 }
 
 }  // namespace emulated
@@ -287,7 +361,8 @@ template <typename T> T __shfl_sync(unsigned, T value, int at, int width = 32) {
     return lane / width * width + (at % width + width) % width;
   }));
 }
-inline unsigned __cvta_generic_to_shared(const void *) { return 0; }  // whoever reads it is replaced
+// of dynamic shared memory; whoever reads one of another kind is replaced
+inline unsigned __cvta_generic_to_shared(const void *at) { return (const unsigned char *)at - emulated::dynamic(); }
 inline unsigned __activemask() { return ~0u; }
 
 inline void copy_async(void *to, const void *from, int bytes) {
@@ -302,44 +377,4 @@ inline void copies_committed() {
 }
 inline void copies_arrived(int left) { emulated::finish_groups(left); }
 
-namespace nvcuda::wmma {
-struct matrix_a;
-struct matrix_b;
-struct accumulator;
-struct row_major;
-struct col_major;
-enum layout_t { mem_row_major, mem_col_major };
-
-// Every thread holds the whole 16 x 16 fragment: what is spread over a warp on a GPU is nowhere to be seen from here.
-template <typename Use, int M, int N, int K, typename T, typename Layout = row_major> struct fragment { T at[16][16]; };
-
-template <typename F, typename T> void fill_fragment(F &f, T value) {
-  for (auto &row : f.at)
-    for (auto &x : row) x = value;
-}
-template <typename Use, typename T, typename Layout>
-void load_matrix_sync(fragment<Use, 16, 16, 16, T, Layout> &f, const T *from, unsigned stride) {
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 16; ++j)
-      f.at[i][j] = std::is_same_v<Layout, row_major> ? from[i * stride + j] : from[j * stride + i];
-}
-template <typename A, typename B, typename C>
-void mma_sync(C &d, const A &a, const B &b, const C &c) {
-  float sums[16][16];
-  for (int i = 0; i < 16; ++i) {
-    for (int j = 0; j < 16; ++j) sums[i][j] = c.at[i][j];
-    for (int k = 0; k < 16; ++k)
-      for (int j = 0; j < 16; ++j) sums[i][j] += (float)a.at[i][k] * (float)b.at[k][j];
-  }
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 16; ++j) d.at[i][j] = sums[i][j];
-}
-template <typename F, typename T> void store_matrix_sync(T *to, const F &f, unsigned stride, layout_t) {
-  std::function<void(int)> operation = [&](int turn) {
-    if (turn == 0)
-      for (int i = 0; i < 16; ++i)
-        for (int j = 0; j < 16; ++j) to[i * stride + j] = f.at[i][j];
-  };
-  emulated::warp("store_matrix", operation);
-}
-}  // namespace nvcuda::wmma
+#include "cuda_on_cpu_wmma.h"

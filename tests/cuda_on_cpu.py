@@ -29,7 +29,7 @@ from gpt2_tvm.toolchains import callbacks, cuda
 HEADER = Path(__file__).parent / "cuda_on_cpu.h"
 NAME = "kernel"
 ASM = re.compile(r"(?:__asm__ __volatile__|asm volatile)\(")
-DYNAMIC = re.compile(r"extern __shared__ (?:alignas|__align__)\(\d+\) \w+ (\w+)\[\];")
+DYNAMIC = re.compile(r"extern __shared__ (?:alignas|__align__)\(\d+\) (\w+(?: \w+)*) (\w+)\[\];")
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ def _run(built: Built, arrays: list[np.ndarray], order: int) -> list[np.ndarray]
 
     scratch: dict[int, np.ndarray] = {}
     for launch, block in zip(built.launches, built.blocks, strict=True):
+        if not launch.is_made(size):
+            continue
         held = []
         for buffer in launch.buffers:
             if not isinstance(buffer, int):
@@ -137,7 +139,7 @@ def translated(source: str) -> str:
     start = re.search(r"(?m)^(?:// gpt2_tvm|__forceinline__ __device__|extern \"C\" __global__)", source)
     assert start, "no kernel in this source"
     code = re.sub(r"(?m)^extern \"C\" __global__ [^;{]*;\n", "", source[start.start() :])  # declarations
-    code = DYNAMIC.sub(r"unsigned char *\1 = emulated::dynamic();", code)
+    code = DYNAMIC.sub(r"\1 *\2 = (\1 *)emulated::dynamic();", code)
     code = code.replace("__shared__ alignas(64)", "alignas(64) static")
     code = code.replace("unsigned int addr = __cvta_generic_to_shared(", "const half *addr = (const half *)(")
     pieces, at = [], 0
@@ -183,6 +185,17 @@ def _called(statement: str) -> str:
             f"unsigned a[] = {{{a}}}, b[] = {{{b}}}; float c[] = {{{c}}}, d[4]; "
             f"emulated::mma(a, b, c, d);{results('d')}"
         )
+    if re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.f16\.f16 .*, 1, 1, 0, 0;", text):
+        *sums, a, b, onto = given
+        return f"emulated::wgmma({{{', '.join(f'&{s}' for s in sums)}}}, {a}, {b}, {onto});"
+    if text == "wgmma.commit_group.sync.aligned;":
+        return "emulated::products_committed();"
+    if wait := re.fullmatch(r"wgmma\.wait_group\.sync\.aligned (\d+);", text):
+        return f"emulated::products_done({wait.group(1)});"
+    if text == "fence.proxy.async.shared::cta;":
+        return "emulated::fence_async();"
+    if text in ("", "wgmma.fence.sync.aligned;"):  # for compilers, and for registers
+        return ""
     if "cp.async.cg.shared.global [%0], [%1], %2;" in text:
         return "copy_async(dst_p, src_p, 16);"
     if "cp.async.commit_group;" in text:

@@ -10,14 +10,18 @@ import pytest
 import tvm
 from cuda_on_cpu import run
 from tvm import te, tirx
+from tvm.ir import GlobalVar
 
 from gpt2_tvm.build import lower_plan, make_plan
 from gpt2_tvm.config import PRESETS, GPT2Config
 from gpt2_tvm.errors import UserError
+from gpt2_tvm.host_code import host_launches
 from gpt2_tvm.inventory import launch_shapes
 from gpt2_tvm.kernels.spec import GpuLimits
 from gpt2_tvm.pipeline import Lowered
-from gpt2_tvm.schedules.tensor_matmul import RULE, TensorMatmul, TensorTile, choose_tile
+from gpt2_tvm.schedules.registry import make_rules
+from gpt2_tvm.schedules.tensor_matmul import RULE, TensorMatmul
+from gpt2_tvm.schedules.tensor_tiles import TensorTile, choose_tile, large_tile, rows_to_fill
 from targets import load_target
 
 # 1001 columns: odd, and no multiple of any tile. 64 and 192 more than one tile; 192 is no multiple of 128.
@@ -159,5 +163,68 @@ def test_lines_that_do_not_lie_one_after_the_other_are_not_taken(between: int, t
 
 def test_a_block_a_tile() -> None:
     name = next(n for n in products() if symbolic(lowered().fused[n]) == {"b", "n"} and "gelu" in n)
-    ((grid, block),) = launch_shapes(lowered().scheduled[name])
+    (grid, block), (many, large) = launch_shapes(lowered().scheduled[name])
     assert grid[1] == CONFIG.n_inner // 64 and block[0] == 128
+    assert many[1] == 1 and large[0] == 256
+
+
+# ---- many rows
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_large_blocks_compute_it_too(index: int) -> None:
+    name = [n for n in products() if symbolic(lowered().fused[n]) == {"b", "n"}][index]
+    schedule = TensorMatmul(multiprocessors=1).apply(lowered().fused[name], TARGET.tvm_target(), False)
+    assert schedule is not None
+    check(lowered().fused[name], schedule.mod["main"], 3, 101)
+
+
+@pytest.mark.parametrize("rows", [65, 1100])
+def test_any_number_of_many_rows(rows: int) -> None:
+    """1100 rows are 9 of blocks: 8 and one in the order of blocks."""
+    func = product(columns=200, k=64)
+    schedule = TensorMatmul(multiprocessors=1).apply(func, TARGET.tvm_target(), False)
+    assert schedule is not None
+    check_product(schedule.mod["main"], rows, 200, 64)
+
+
+def product(columns: int, k: int) -> tirx.PrimFunc:
+    """x [b, n, k] times w [columns, k], transposed, in float16."""
+    b, n = tirx.Var("b", "int64"), tirx.Var("n", "int64")
+    x, w = te.placeholder((b, n, k), "float16", name="x"), te.placeholder((columns, k), "float16", name="w")
+    at = te.reduce_axis((0, k), name="at")
+
+    def total(i: tirx.Var, j: tirx.Var, column: tirx.Var) -> tirx.Expr:
+        return te.sum(x[i, j, at].astype("float32") * w[column, at].astype("float32"), axis=at)
+
+    y = te.compute((b, n, columns), total, name="y")
+    return te.create_prim_func([x, w, te.compute(y.shape, lambda *i: y[i].astype("float16"), name="half")])
+
+
+def check_product(scheduled: tirx.PrimFunc, rows: int, columns: int, k: int, arch: str = "sm_80") -> None:
+    random = np.random.default_rng(rows + columns + k)
+    x, w = (random.standard_normal((n, k)).astype(np.float16) for n in (rows, columns))
+    result = run(scheduled, [x[None], w, np.full((1, rows, columns), np.nan, np.float16)], arch)[-1][0]
+    wanted = x.astype(np.float64) @ w.astype(np.float64).T
+    np.testing.assert_allclose(result.astype(np.float64), wanted, rtol=2e-3, atol=2e-3 * np.sqrt(k))
+
+
+@pytest.mark.parametrize("target", ["h200", "a100", "rtx-4090", "cuda"])
+def test_the_host_takes_one_kernel_for_any_number_of_rows(target: str) -> None:
+    device = load_target(target)
+    rule = dict(make_rules(["tensor-matmul"], device))["tensor-matmul"]
+    for columns, k in ((768, 3072), (2304, 768), (6400, 1600), (50257, 768)):
+        schedule = rule.apply(product(columns, k), device.tvm_target(), False)
+        assert schedule is not None
+        name = GlobalVar("product")
+        func = schedule.mod["main"].with_attr("global_symbol", "product")
+        launches = host_launches({name: func}, device.tvm_target())["product"]
+        large = large_tile(k, GpuLimits.of_target(device.tvm_target()))
+        assert len(launches) == 2 and large is not None
+        first = rows_to_fill(large, columns, device.cores.count if device.cores else 108)
+        for rows in (1, 64, 65, 322, first - 1, first, 20608):
+            made = [launch.is_made(lambda extent, rows=rows: (1, rows)[extent.axis]) for launch in launches]
+            assert made == [rows < first, rows >= first], (columns, rows)
+        # what more rows get is a block for every multiprocessor, or all that there are columns for
+        blocks = -(-first // 128) * -(-columns // 128)
+        assert blocks >= (device.cores.count if device.cores else 108)

@@ -183,6 +183,7 @@ def lower(
     plan = make_plan(
         source.config, target, job.quantization, names[0], job.attention, (1,), None, widths, passes=names[1]
     )
+    target = plan.target  # with the instructions that a rule asks for
     announce("lowering and scheduling")
     exported = _exported(job, plan, target) if cached else None
     with target.tvm_target():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 STOCK_GPU = ("matmul", "gemv", "reduction", "general-reduction", "fallback")
 STOCK_CPU = ("dlight-cpu-gemv", "dlight-cpu-reduction")
+LETTERS = {"wgmma-matmul": "sm_90a"}  # rules that write what only one architecture of CUDA has
 OUTSIDE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:Class, a rule that is not ours
 
 
@@ -80,10 +81,18 @@ def _matmul(_: DeviceTarget) -> ScheduleRule:
     return MendedMatmul()
 
 
-def _tensor_matmul(_: DeviceTarget) -> ScheduleRule:
+def _tensor_matmul(target: DeviceTarget) -> ScheduleRule:
     from gpt2_tvm.schedules.tensor_matmul import TensorMatmul
+    from gpt2_tvm.schedules.tensor_tiles import MULTIPROCESSORS
 
-    return TensorMatmul()
+    return TensorMatmul(multiprocessors=target.cores.count if target.cores else MULTIPROCESSORS)
+
+
+def _wgmma_matmul(target: DeviceTarget) -> ScheduleRule:
+    from gpt2_tvm.schedules.tensor_tiles import MULTIPROCESSORS
+    from gpt2_tvm.schedules.wgmma_matmul import WgmmaMatmul
+
+    return WgmmaMatmul(multiprocessors=target.cores.count if target.cores else MULTIPROCESSORS)
 
 
 def _wide_gemv(_: DeviceTarget) -> ScheduleRule:
@@ -152,6 +161,7 @@ def _webgpu_gemv(target: DeviceTarget) -> ScheduleRule:
 RULES: dict[str, Callable[[DeviceTarget], Any]] = {
     "matmul": _matmul,
     "tensor-matmul": _tensor_matmul,
+    "wgmma-matmul": _wgmma_matmul,
     "gemv": _gemv,
     "quantised-gemv": _quantised_gemv,
     "wide-gemv": _wide_gemv,

@@ -2,7 +2,8 @@
 
 DLight's schedule gives a block 128 x 128 of the result, whatever the shape: for a prompt of 322 tokens a 768-column
 product is 18 blocks, on a GPU of 132 multiprocessors. Here a block has 64 x 64 (128 x 64 where columns are many, 16 or
-32 rows where there are no more), which is 72 blocks for the same product:
+32 rows where there are no more), which is 72 blocks for the same product; and where there are rows enough for blocks of
+128 x 128 on every multiprocessor, a second kernel computes those, which read half as much of x and W for each product:
 
     for block of rows, block of columns:
         stages 0 .. s - 2 <- x, W                              # cp.async, straight to shared memory
@@ -12,7 +13,8 @@ product is 18 blocks, on a GPU of 132 multiprocessors. Here a block has 64 x 64 
         epilogue (bias, activation, residual) on the accumulators, two neighbouring columns a store
 
 One barrier a step. A stage's rows are 16 bytes longer than what they hold, so that the eight rows that `ldmatrix` reads
-at a time lie in different banks. Rows past the last one repeat it and are not stored: one kernel serves every length.
+at a time lie in different banks. Rows past the last one repeat it and are not stored: two kernels serve every length,
+and the host takes one of them by the number of rows.
 
 Register layouts: PTX ISA 9.0, "Matrix fragments for mma.m16n8k16".
 """
@@ -20,7 +22,6 @@ Register layouts: PTX ISA 9.0, "Matrix fragments for mma.m16n8k16".
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,11 +30,11 @@ from tvm.s_tir.dlight.gpu.base import GPUScheduleRule
 from tvm.script import tirx as T
 from tvm.target import Target
 
-from gpt2_tvm.errors import UserError
 from gpt2_tvm.kernels.cuda_prefill_attention import CHUNK, LEAST_ARCH
 from gpt2_tvm.kernels.math import Expr, loads, rewrite, static
 from gpt2_tvm.kernels.spec import GpuLimits
 from gpt2_tvm.schedules.stages import Buffer, Loop, bind, row_indices
+from gpt2_tvm.schedules.tensor_tiles import MULTIPROCESSORS, TensorTile, choose_tile, large_tile, rows_to_fill
 from gpt2_tvm.schedules.webgpu_product import (
     Product,
     binding,
@@ -47,104 +48,66 @@ from gpt2_tvm.schedules.webgpu_product import (
 )
 
 RULE = "tensor-matmul"
-MANY_COLUMNS = 16384  # blocks enough whatever their size: the head
-DEPTHS = (128, 64, 32)
-SHARED_BYTES = 32 << 10  # of a block with many rows: three are then on a multiprocessor with 100 KiB (RTX 40)
-
-
-@dataclass(frozen=True)
-class TensorTile:
-    """What a block computes.
-
-    Attributes:
-        rows, columns: of the result. warps_m, warps_n: along them; a warp has a multiple of 16 of both.
-        depth: elements of k a step, a multiple of 16. stages: steps in shared memory at a time.
-    """
-
-    rows: int
-    columns: int
-    warps_m: int
-    warps_n: int
-    depth: int
-    stages: int
-
-    def __post_init__(self) -> None:
-        if self.rows % (16 * self.warps_m) or self.columns % (16 * self.warps_n) or self.depth % 16 or self.stages < 2:
-            raise UserError(f"{self}: a warp needs a multiple of 16 rows and columns, depth one of 16, stages two")
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.warps_m * self.warps_n
-
-    @property
-    def stride(self) -> int:
-        """Elements from row to row in shared memory."""
-        return self.depth + CHUNK
-
-    @property
-    def stage(self) -> int:
-        """Elements of one stage: x, then W."""
-        return (self.rows + self.columns) * self.stride
-
-    @property
-    def shared_bytes(self) -> int:
-        return 2 * self.stages * self.stage
-
-
-def choose_tile(rows: int | None, columns: int, k: int, limits: GpuLimits) -> TensorTile | None:
-    """The tile for a product of [rows, k] and [columns, k]; rows None: a shape of the caller's. None where k or the
-    device does not fit.
-
-    Few rows are bound by reading W: small blocks, so that there are many, with long steps, so that each has many
-    loads under way.
-    """
-    many, shared = columns >= MANY_COLUMNS, limits.shared_memory_bytes
-    depths: tuple[int, ...]
-    if rows is not None and rows <= 32:
-        height = 16 if rows <= 16 else 32
-        shape = (height, 64, 1, 4) if many else (height, 32, height // 16, 2)
-        depths = DEPTHS[2:] if many else DEPTHS
-    elif rows is not None and rows <= 64:
-        shape, depths = ((64, 64, 2, 2) if many else (64, 32, 4, 1)), DEPTHS[1:]
-    else:
-        shape, depths = ((128, 64, 2, 2) if many else (64, 64, 2, 2)), DEPTHS[2:]
-        shared = min(shared, SHARED_BYTES)
-    depth = next((d for d in depths if k % d == 0), None)
-    if depth is None:
-        return None
-    for stages in (4, 3, 2):
-        tile = TensorTile(*shape, depth, min(stages, max(2, k // depth)))
-        if tile.shared_bytes <= shared and tile.threads <= limits.threads_per_block:
-            return tile
-    return None
 
 
 class TensorMatmul(GPUScheduleRule):
-    """Products of float16 with more than eight rows, or a number that is not known; see the module. tile: instead of
-    `choose_tile`'s."""
+    """Products of float16 with more than eight rows, or a number that is not known; see the module.
 
-    def __init__(self, tile: TensorTile | None = None) -> None:
-        self.tile = tile
+    tile: instead of what `choose_tile` and `large_tile` say, for any number of rows. multiprocessors: of the GPU.
+    """
+
+    def __init__(self, tile: TensorTile | None = None, multiprocessors: int = MULTIPROCESSORS) -> None:
+        self.tile, self.multiprocessors = tile, multiprocessors
 
     def apply(self, func: tirx.PrimFunc, target: Target, tunable: bool) -> s_tir.Schedule | None:
         if not isinstance(func, tirx.PrimFunc) or not self.is_target_available(target):
             return None
         limits = GpuLimits.of_target(target)
-        if limits.kind != "cuda" or limits.arch < LEAST_ARCH:
+        if limits.kind != "cuda" or not self.is_for(target, limits):
             return None
         # Step 1. Recognise the product, of two plain matrices
         m = match_product(func)
-        if m is None or m.prologue:
+        if m is None or m.prologue or not self.is_for_rows(m.few_rows()):
             return None
         x, w = _matrix(m, m.x, m.row_loops), _matrix(m, m.w, (m.column,))
         if x is None or w is None:
             return None
-        # Step 2. Tile
-        tile = self.tile or choose_tile(m.few_rows(), int(m.column.extent), int(m.k.extent), limits)
-        if tile is None or int(m.k.extent) % tile.depth:
+        # Step 2. Tiles, the smaller ones first
+        columns, k = int(m.column.extent), int(m.k.extent)
+        tile = self.tile or choose_tile(m.few_rows(), columns, k, limits)
+        if tile is None or k % tile.depth:
             return None
+        parts = [TensorKernel(m, x, w, tile)]
+        if self.tile is None and m.few_rows() is None:
+            parts += self.larger(m, x, w, limits)
         # Step 3. Loops
-        return kernel(func, _Emitter(m, x, w, tile).emit)
+        rows_for = [rows_to_fill(part.t, columns, self.multiprocessors) for part in parts]
+        return kernel(func, partial(_by_rows, parts[0].rows, parts, rows_for))
+
+    def is_for(self, target: Target, limits: GpuLimits) -> bool:
+        """Whether this CUDA target has the instructions."""
+        return limits.arch >= LEAST_ARCH
+
+    def is_for_rows(self, rows: int | None) -> bool:
+        """Whether it takes products with so many rows; None where the caller decides."""
+        return True
+
+    def larger(self, m: Product, x: Buffer, w: Buffer, limits: GpuLimits) -> list[TensorKernel]:
+        """The kernels for more rows than the first is for, the largest last."""
+        tile = large_tile(int(m.k.extent), limits)
+        return [] if tile is None else [TensorKernel(m, x, w, tile)]
+
+
+def _by_rows(rows: Expr, parts: Sequence[TensorKernel], rows_for: Sequence[int]) -> None:
+    """The last kernel that has rows enough; the first one needs none."""
+    if len(parts) == 1:
+        parts[0].emit()
+        return
+    with T.If(rows < rows_for[1]):
+        with T.Then():
+            parts[0].emit()
+        with T.Else():
+            _by_rows(rows, parts[1:], rows_for[1:])
 
 
 def _matrix(m: Product, factor: Expr, lines: Sequence[Loop]) -> Buffer | None:
@@ -166,7 +129,9 @@ def _matrix(m: Product, factor: Expr, lines: Sequence[Loop]) -> Buffer | None:
     return factor.source if whole else None
 
 
-class _Emitter:
+class TensorKernel:
+    """Writes the loops of one kernel: y = x Wᵀ with tiles `tile`, and what follows."""
+
     def __init__(self, m: Product, x: Buffer, w: Buffer, tile: TensorTile) -> None:
         self.m, self.x, self.w, self.t = m, x, w, tile
         self.n, self.k = int(m.column.extent), int(m.k.extent)
@@ -174,51 +139,71 @@ class _Emitter:
         self.lanes = 2 if self.n % 2 == 0 else 1  # columns a store
         self.high, self.wide = tile.rows // tile.warps_m // 16, tile.columns // tile.warps_n // 16  # of a warp
 
-    def emit(self) -> None:
-        t = self.t
-        self.shared = buffer("stages", [t.stages * t.stage], "float16", "shared")
+    def allocate(self) -> None:
+        """What the product needs beside its sums."""
+        self.shared = buffer("stages", [self.t.stages * self.t.stage], "float16", "shared")
         self.a = buffer("a", [self.high * 8], "float16")
         self.b = buffer("b", [8], "float16")
+
+    def place(self, line: Expr, piece: Expr) -> Expr:
+        """Where 16 bytes of a line are, in elements from where its matrix begins in a stage."""
+        return line * self.t.stride + piece * CHUNK
+
+    def emit(self) -> None:
+        t = self.t
+        self.allocate()
         self.acc = buffer("acc", [self.high * self.wide * 8], "float32")
+        row_blocks, column_blocks = (self.rows + (t.rows - 1)) // t.rows, -(-self.n // t.columns)
         with (
-            binding("bx", (self.rows + (t.rows - 1)) // t.rows, "blockIdx.x") as bx,
-            binding("by", -(-self.n // t.columns), "blockIdx.y") as by,
+            binding("bx", row_blocks * column_blocks if t.group else row_blocks, "blockIdx.x") as bx,
+            binding("by", 1 if t.group else column_blocks, "blockIdx.y") as by,
             binding("tid", t.threads, "threadIdx.x") as tid,
         ):
             self.tid, self.lane = tid, bind("lane", tid % 32)
+            if t.group:
+                bx, by = self._grouped(bx, row_blocks, column_blocks)
             self.row0, self.column0 = bx * t.rows, by * t.columns
             warp = tid // 32
             self.top = bind("top", warp // t.warps_n * (self.high * 16))  # the warp's first row in the block
             self.left = bind("left", warp % t.warps_n * (self.wide * 16))
             with loop("i", self.high * self.wide * 8, T.unroll) as i:
                 T.buffer_store(self.acc, tirx.const(0, "float32"), [i])
-            self._multiply()
+            self.multiply()
             self._store()
+
+    def _grouped(self, block: Expr, row_blocks: Expr, column_blocks: int) -> tuple[Expr, Expr]:
+        """Where a block is: all columns of `group` rows of blocks before those of the next. The blocks that run at one
+        time then have few rows of x and few of W among them, which stay in the second-level cache."""
+        across = self.t.group * column_blocks
+        first = bind("first", block // across * self.t.group)
+        high, within = bind("high", tirx.min(row_blocks - first, self.t.group)), bind("within", block % across)
+        # no number here is negative: what a division by `high` rounds towards need not be worked out
+        return bind("row_block", first + tirx.truncmod(within, high)), bind("column_block", tirx.truncdiv(within, high))
 
     # -- the product
 
-    def _multiply(self) -> None:
+    def multiply(self) -> None:
         t = self.t
         count = self.k // t.depth
         for step in range(t.stages - 1):
-            self._fetch(tirx.const(step, "int32"), tirx.const(step * t.stage, "int32"), needed=step < count)
+            self.fetch(tirx.const(step, "int32"), tirx.const(step * t.stage, "int32"), needed=step < count)
         with loop("step", count) as step:
             T.evaluate(T.ptx["cp.async.wait_group"](t.stages - 2))
             T.evaluate(T.tvm_storage_sync("shared"))
             ahead = step + (t.stages - 1)
             with where(ahead < count, True):
-                self._copies(ahead, ahead % t.stages * t.stage)
+                self.copies(ahead, ahead % t.stages * t.stage)
             T.evaluate(T.ptx["cp.async.commit_group"]())
             at = bind("at", step % t.stages * t.stage)
             for k in range(0, t.depth, 16):
                 self._sixteen(at, k)
 
-    def _fetch(self, step: Expr, at: Expr, needed: bool) -> None:
+    def fetch(self, step: Expr, at: Expr, needed: bool) -> None:
         if needed:
-            self._copies(step, at)
+            self.copies(step, at)
         T.evaluate(T.ptx["cp.async.commit_group"]())
 
-    def _copies(self, step: Expr, at: Expr) -> None:
+    def copies(self, step: Expr, at: Expr) -> None:
         """A step of x and W on its way into a stage, 16 bytes a thread and round."""
         t = self.t
         chunks = t.depth // CHUNK
@@ -234,7 +219,7 @@ class _Emitter:
                     T.evaluate(
                         T.s_tir.cp_async_raw.legacy(
                             self.shared.data,
-                            at + start + e // chunks * t.stride + e % chunks * CHUNK,
+                            at + start + self.place(e // chunks, e % chunks),
                             source.data,
                             offset,
                             2 * CHUNK,

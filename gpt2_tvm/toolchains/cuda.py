@@ -72,6 +72,7 @@ def compiling(target: DeviceTarget, archs: Sequence[str] | None = None, ptx: boo
     prepare(replace(target, archs=wanted))
     toolkit = cuda_toolkit.find()
     assert toolkit is not None  # prepare has seen it
+    ptx = ptx and not wanted[-1][-1].isalpha()  # code for sm_90a is for nothing later
     bundle = toolkit.fatbinary is not None and (ptx or len(wanted) > 1)
     device = target.tvm_target()
 

@@ -101,7 +101,7 @@ def why_not(rule: str, work: Work) -> str:
             return NO_PRODUCT
         if work.prologue:
             return "it reduces before the product, and every block would have to do that again for all of its rows"
-    elif rule == "tensor-matmul":
+    elif rule in ("tensor-matmul", "wgmma-matmul"):
         if not work.product:
             return NO_PRODUCT
         if work.prologue:

@@ -70,8 +70,9 @@ def static_rows(
     The arguments are those of `build.compile_model`; pipelines: for webgpu, also have the WebGPU of this machine
     compile every shader, and note those that it refuses or does not finish. Returns a row a kernel (with several
     architectures in one library, a row for each) in the order of the manifest's functions:
-    function, role, rule, calls {exported function: times it is called}, kernels (of the function), grid (of its first
-    kernel), kind (of the target), and the fields of `KernelResources`.
+    function, role, rule, calls {exported function: times it is called}, kernels (of the function), launched (by one
+    call of it, fewer where the host takes one of several), grid (of its first kernel), kind (of the target), and the
+    fields of `KernelResources`.
 
     Raises UserError for a choice that is wrong and for a compiler or tool that is missing; what TVM raises where a
     rule set does not compile passes through.
@@ -121,10 +122,16 @@ def rows_of(plan: Plan, lowered: Lowered, executable: Any, library: bytes | None
         by_function.setdefault(record.function, []).append(asdict(record))
     rows = []
     for function in function_table(lowered, plan)["functions"]:
-        told = {key: function[key] for key in ("role", "rule", "calls", "kernels", "grid")}
-        for row in by_function.get(function["name"], []):
+        told = {key: function[key] for key in ("role", "rule", "calls", "kernels", "launched", "grid")}
+        for row in _in_order(by_function.get(function["name"], [])):
             rows.append({**row, **told, "kind": plan.target.kind, "notes": list(row["notes"])})
     return rows
+
+
+def _in_order(kernels: Sequence[Row]) -> list[Row]:
+    """A function's kernels as it launches them, f_kernel, f_kernel_1 and so on, one architecture after another."""
+    archs = list(dict.fromkeys(row["arch"] for row in kernels))
+    return sorted(kernels, key=lambda row: (archs.index(row["arch"]), len(row["kernel"]), row["kernel"]))
 
 
 def summary(rows: Sequence[Row]) -> Row:
@@ -151,8 +158,8 @@ def summary(rows: Sequence[Row]) -> Row:
         "functions": len(functions),
         "kernels": len(own),
         "hits": dict(Counter(row["rule"] for row in functions.values()).most_common()),
-        "launches_prefill": sum(row["calls"].get(PREFILL, 0) for row in own),
-        "launches_token": sum(row["calls"].get(decode, 0) for row in own),
+        "launches_prefill": sum(row["calls"].get(PREFILL, 0) * row["launched"] for row in functions.values()),
+        "launches_token": sum(row["calls"].get(decode, 0) * row["launched"] for row in functions.values()),
         "registers_max": _most(row["registers"] for row in own),
         "shared_max_bytes": _most(row["shared_bytes"] for row in own),
         "occupancy_min": min((row["occupancy"] for row in own if row["occupancy"] is not None), default=None),

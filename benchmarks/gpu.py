@@ -207,6 +207,7 @@ def kernels(
     results: Results = DEFAULT_RESULTS,
     model: Model = "gpt2",
     quantization: Quantization = "q0f16,q0f32",
+    batch: Batch = "1,64",
     prompt_tokens: Prompt = 322,
     repeats: Repeats = 20,
     limit: Limit = LIMIT_S,
@@ -215,10 +216,15 @@ def kernels(
     """The LM head beside the copy bandwidth, and each product of a prefill beside torch's (cuBLAS)."""
     from gpu_bench.kernels import kernels_part
     from gpu_bench.machine import require_torch
+    from gpu_bench.runs import find_artifacts
+
+    from gpt2_tvm.measure.cases import parse_sizes
 
     require_torch(device)
+    batches = parse_sizes("--batch", batch)
     paths = [_full(kit, model, q) for q in quantization.split(",")]
-    _finish(results, kernels_part(paths, prompt_tokens, repeats, device, limit, results))
+    paths += [p for q in quantization.split(",") for p in find_artifacts(kit, model, q) if p.name.endswith("-wgmma")]
+    _finish(results, kernels_part(paths, batches, prompt_tokens, repeats, device, limit, results))
 
 
 @app.command()

@@ -219,8 +219,12 @@ def test_every_step_of_ours_has_an_artifact() -> None:
 
     every = [f"gpt2 {variant}" for variant in VARIANTS]
     assert "gpt2 persistent" in every
-    assert named("h200", "q0f16") == [*every, "gpt2-xl full", "bundled persistent", "bundled full"]
-    assert named("h200", "q0f32") == [n for n in named("h200", "q0f16") if n != "gpt2 tensor"]
+    assert named("h200", "q0f16") == [
+        *every,
+        *("gpt2-xl wgmma", "gpt2-xl full", "bundled persistent", "bundled full"),
+    ]
+    assert named("h200", "q0f32") == [n for n in named("h200", "q0f16") if not n.endswith((" tensor", " wgmma"))]
+    assert named("a100", "q0f16") == [n for n in named("h200", "q0f16") if not n.endswith(" wgmma")]
     for without in (named("h200", "q8f16"), named("t4", "q0f16")):  # the kernel of a whole step declines both
         assert not any("persistent" in name for name in without) and "bundled full" in without
     assert "gpt2 late" in every and "gpt2 late" not in named("h200", "q8f16")  # packed weights are not loaded early
@@ -242,6 +246,7 @@ def test_each_variant_is_one_step_away_from_none() -> None:
     alone = {"attention": "flash", "wide": "wide-gemv", "norm": "norm-gemv", "tensor": "tensor-matmul"}
     assert not steps["stock"] and {name: steps[name] for name in alone} == {name: {s} for name, s in alone.items()}
     assert set(alone.values()) <= steps["full"] and steps["persistent"] == steps["full"] | {"persistent"}
+    assert steps["wgmma"] == steps["full"] | {"wgmma-matmul"}
     assert steps["late"] == steps["full"] | {"late-norm-gemv"} and VARIANTS["late"][0].startswith("with-")
 
 

@@ -23,12 +23,18 @@ PRODUCT = re.compile(r"attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj")
 
 
 def kernels_part(
-    paths: Sequence[Path], prompt_tokens: int, repeats: int, device: str, limit_s: float, results: Path
+    paths: Sequence[Path],
+    batches: Sequence[int],
+    prompt_tokens: int,
+    repeats: int,
+    device: str,
+    limit_s: float,
+    results: Path,
 ) -> list[str]:
     """See `kernels_of`."""
     clock = Clock(limit_s)
     copy = (read(results / "machine.json") or {}).get("copy_gb_s")
-    asked = [prompt_tokens, repeats, copy]
+    asked = [list(batches), prompt_tokens, repeats, copy]
 
     def piece(path: Path) -> Piece:
         about = origin(path, device, ("kernels",), asked=asked)
@@ -38,10 +44,12 @@ def kernels_part(
     return complaints(work_through(results / "kernels.json", pieces, clock), pieces)
 
 
-def kernels_of(path: Path, device: str, prompt_tokens: int, repeats: int, copy_gb_s: float | None) -> Row:
+def kernels_of(
+    path: Path, device: str, batches: Sequence[int], prompt_tokens: int, repeats: int, copy_gb_s: float | None
+) -> Row:
     """The LM head's product of one decode step, from weights in no cache, beside the copy bandwidth; and each product
-    of a prefill, with what is fused into it, beside torch's product alone (cuBLAS on a GPU), both again and again on
-    the same weights.
+    of a prefill of each of `batches` that the artifact has, with what is fused into it, beside torch's product alone
+    (cuBLAS on a GPU), both again and again on the same weights.
 
     head: us, gb_s (all that it reads and writes, once), share (of the copy, None where that was not measured) ·
     products: product, m, n, k, us, torch_us, ratio (torch's time over ours). `ok`: that all of it was measured; whether
@@ -69,18 +77,20 @@ def kernels_of(path: Path, device: str, prompt_tokens: int, repeats: int, copy_g
     head = {"us": 1e6 * seconds, "gb_s": gb_s, "share": gb_s / copy_gb_s if copy_gb_s else None, "wanted": HEAD_SHARE}
     del variants
 
-    engine.reset()
-    steps = recorded(engine, "prefill", lambda: engine.prefill(ids))
     products = []
-    for name, run, arguments in {s[0]: s for s in steps}.values():
-        if (found := PRODUCT.search(roles[name])) is not None:
-            n, k = shape_of(found[0], engine.config)
-            ours = timed([lambda: run(*arguments)])  # noqa: B023 - called within this turn of the loop
-            theirs = timed([torchs_product(length, n, k, manifest["compute_dtype"], device)])
-            products.append(
-                {"product": found[0], "function": name, "m": length, "n": n, "k": k, "us": 1e6 * ours}
-                | {"torch_us": 1e6 * theirs, "ratio": theirs / ours}
-            )
+    for batch in sorted(set(batches) & set(engine.artifact.batch_sizes)):
+        engine.reset()
+        ids = prompt_of(engine.artifact, Case(batch, length, 1))
+        steps = recorded(engine, "prefill", lambda ids=ids: engine.prefill(ids))  # type: ignore[misc]
+        for name, run, arguments in {s[0]: s for s in steps}.values():
+            if (found := PRODUCT.search(roles[name])) is not None:
+                m, (n, k) = batch * length, shape_of(found[0], engine.config)
+                ours = timed([lambda: run(*arguments)])  # noqa: B023 - called within this turn of the loop
+                theirs = timed([torchs_product(m, n, k, manifest["compute_dtype"], device)])
+                products.append(
+                    {"product": found[0], "function": name, "m": m, "n": n, "k": k, "us": 1e6 * ours}
+                    | {"torch_us": 1e6 * theirs, "ratio": theirs / ours}
+                )
     return {"head": head, "products": products, "ok": bool(products), "message": "" if products else "no product found"}
 
 

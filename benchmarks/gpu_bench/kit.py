@@ -44,6 +44,7 @@ VARIANTS = {
     "tensor": (f"tensor-matmul,{STOCK}", "materialized"),
     "persistent": ("with-persistent", "flash"),
     "late": ("with-late-norm-gemv", "flash"),  # all of them, but weights wait for their vector
+    "wgmma": ("with-wgmma-matmul", "flash"),  # all of them, and Hopper's warpgroup instructions where rows are many
     "full": ("full", "flash"),
 }
 Say = Callable[[str, float], None]
@@ -97,12 +98,16 @@ def jobs_of(
 ) -> list[tuple[str, str, str]]:
     """(model, precision, variant) of every artifact; see `build`. The bundled model comes in the variants whose
     steps share no kernel."""
-    alone = suits(specialise(load_target(target)))
+    device = specialise(load_target(target))
+    alone, warpgroups = suits(device), device.arch() in ("sm_90", "sm_90a")
 
     def of(model: str, q: str) -> Iterator[tuple[str, str, str]]:
-        wanted = ("persistent", "full") if model == "bundled" else VARIANTS if model == ablated else ("full",)
+        others = ("wgmma", "full") if model == models[-1] else ("full",)  # the largest one's products
+        wanted = ("persistent", "full") if model == "bundled" else VARIANTS if model == ablated else others
         for variant in wanted:
-            if variant == "tensor" and q != "q0f16":  # in float32 that rule takes nothing
+            if variant in ("tensor", "wgmma") and q != "q0f16":  # in float32 those rules take nothing
+                continue
+            if variant == "wgmma" and not warpgroups:
                 continue
             if variant in ("persistent", "late") and q not in ("q0f16", "q0f32"):  # packed weights: neither is for them
                 continue

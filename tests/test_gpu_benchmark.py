@@ -231,6 +231,21 @@ def test_every_step_of_ours_has_an_artifact() -> None:
     assert VARIANTS["persistent"][0] == "with-persistent"
 
 
+def test_artifacts_go_by_their_models_and_by_their_folders_names(tmp_path: Path) -> None:
+    """The bundled model has a name of its own in its manifest."""
+    from gpu_bench.runs import find_artifacts
+
+    for folder, model in (("bundled-q0f16-full", "austen-target"), ("gpt2-q0f16-full", "gpt2"), ("gpt2-xl-q0f16", "x")):
+        (tmp_path / "artifacts" / folder).mkdir(parents=True)
+        manifest = json.dumps({"model": model, "quantization": "q0f16"})
+        (tmp_path / "artifacts" / folder / "manifest.json").write_text(manifest)
+    for asked in ("bundled", "austen-target"):
+        assert [path.name for path in find_artifacts(tmp_path, asked)] == ["bundled-q0f16-full"]
+    assert [path.name for path in find_artifacts(tmp_path, "gpt2", "q0f16")] == ["gpt2-q0f16-full"]
+    with pytest.raises(UserError, match="no bundled q0f32"):
+        find_artifacts(tmp_path, "bundled", "q0f32")
+
+
 def test_each_variant_is_one_step_away_from_none() -> None:
     from gpu_bench.kit import VARIANTS
 

@@ -321,6 +321,7 @@ def test_amd_mix() -> None:
         ("sm_89", 1024, 32, 0, 1024 / 1536, "threads"),
         ("sm_75", 64, 32, 0, 1.0, "threads"),
         ("sm_90", 512, 128, 74752, 0.25, "registers"),
+        ("sm_90a", 256, 126, 3 * 36864, 0.25, "registers"),  # wgmma-matmul: 160 columns, three stages
     ],
 )
 def test_occupancy_of_nvidia(arch: str, threads: int, registers: int, shared: int, share: float, bound: str) -> None:

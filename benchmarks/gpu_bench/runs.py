@@ -53,7 +53,7 @@ class Entry:
 
 def find_artifacts(kit: Path, model: str | None = None, quantization: str | None = None) -> list[Path]:
     """The artifacts in `kit`/artifacts (or in `kit` itself, or `kit` alone), by name. A packed kit is unpacked beside
-    itself first.
+    itself first. model: as the manifest has it, or as the kit names its folder ("bundled").
 
     Raises UserError where there are none of that model and quantization.
     """
@@ -66,9 +66,8 @@ def find_artifacts(kit: Path, model: str | None = None, quantization: str | None
 
     def wanted(path: Path) -> bool:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        return (model is None or manifest["model"] == model) and (
-            quantization is None or manifest["quantization"] == quantization
-        )
+        own = model in (None, manifest["model"]) or path.name.startswith(f"{model}-{manifest['quantization']}-")
+        return own and quantization in (None, manifest["quantization"])
 
     chosen = [path for path in found if wanted(path)]
     if not chosen:

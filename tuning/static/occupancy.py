@@ -70,7 +70,7 @@ def cuda_occupancy(arch: str, threads: int, registers: int, shared_bytes: int) -
 
     A share of 0 means that not even one block fits.
     """
-    limits = NVIDIA.get(arch)
+    limits = NVIDIA.get(arch.rstrip("af"))  # the letter of "sm_90a" is for instructions
     if limits is None or threads < 1:
         return None
     warps = -(-threads // WARP)

@@ -222,8 +222,9 @@ def kernels(
 
     require_torch(device)
     batches = parse_sizes("--batch", batch)
-    paths = [_full(kit, model, q) for q in quantization.split(",")]
-    paths += [p for q in quantization.split(",") for p in find_artifacts(kit, model, q) if p.name.endswith("-wgmma")]
+    wanted = quantization.split(",")
+    paths = [_full(kit, model, q) for q in wanted]
+    paths += [p for q in wanted for p in find_artifacts(kit, model, q) if p.name.endswith("-wgmma") and p not in paths]
     _finish(results, kernels_part(paths, batches, prompt_tokens, repeats, device, limit, results))
 
 
@@ -252,11 +253,13 @@ def sanitizer(
     tool: Annotated[str, typer.Option(help="Of compute-sanitizer, a comma list.")] = "memcheck,racecheck",
     limit: Limit = LIMIT_S,
 ) -> None:
-    """compute-sanitizer on a small model, where it is on PATH."""
+    """compute-sanitizer on a small model, and on what has kernels for many rows alone, where it is on PATH."""
     from gpu_bench.runs import find_artifacts
     from gpu_bench.sanitizer import sanitizer_part
 
-    _finish(results, sanitizer_part(find_artifacts(kit, model), tool.split(","), limit, results))
+    paths = find_artifacts(kit, model)
+    many = [path for path in find_artifacts(kit) if path.name == "gpt2-q0f16-wgmma" and path not in paths]
+    _finish(results, sanitizer_part([*paths, *many], tool.split(","), limit, results))
 
 
 @app.command()

@@ -134,7 +134,7 @@ def with_letter(target: DeviceTarget, rules: Sequence[str]) -> DeviceTarget:
     from gpt2_tvm.schedules.registry import LETTERS
 
     for rule in rules:
-        if (arch := LETTERS.get(rule)) is None or target.tvm.get("arch") == arch:
+        if (arch := LETTERS.get(rule)) is None or target.archs == (arch,):
             continue
         plain = arch.rstrip("a")
         if target.tvm.get("arch") != plain or set(target.archs) != {plain}:

@@ -85,16 +85,17 @@ class HostLaunch:
 def host_launches(functions: dict[Any, tirx.PrimFunc], target: tvm.target.Target) -> dict[str, list[HostLaunch]]:
     """The launches of each PrimFunc, in order, by its name: TVM's own TIR pipeline for `target`, read after the split.
 
-    Raises RuntimeError for host code that is more than launches in a row (loops, library calls): nothing could
-    replay it.
+    Raises RuntimeError for host code that is more than launches, some of them under conditions (loops, library calls):
+    nothing could replay it.
     """
     return split_launches(functions, target)[0]
 
 
 def split_launches(
-    functions: dict[Any, tirx.PrimFunc], target: tvm.target.Target
+    functions: dict[Any, tirx.PrimFunc], target: tvm.target.Target, choices: bool = True
 ) -> tuple[dict[str, list[HostLaunch]], dict[Any, tvm.IRModule]]:
-    """`host_launches`, and the kernels ready for code generation: {target: module}."""
+    """`host_launches`, and the kernels ready for code generation: {target: module}. choices: whether the caller knows
+    of launches that the host makes or not (`HostLaunch.is_made`); RuntimeError where it does not and there is one."""
     if target.host is None:
         target = target.with_host("llvm")
     with target:
@@ -102,7 +103,10 @@ def split_launches(
         pipeline, _, finish_device = tir_pipeline(target)
         host, devices = split_host_device_mods(pipeline(module))
         kernels = {device: finish_device()(mod) for device, mod in devices.items()}
-    return {var.name_hint: _Reader(var.name_hint, func).launches for var, func in host.functions_items()}, kernels
+    launches = {var.name_hint: _Reader(var.name_hint, func).launches for var, func in host.functions_items()}
+    if not choices and (chosen := [name for name, made in launches.items() if any(one.when for one in made)]):
+        raise RuntimeError(f"the host code of {', '.join(chosen)} chooses between kernels; a list of launches does not")
+    return launches, kernels
 
 
 def launch_values(call: Call) -> dict[str, Any]:

@@ -40,9 +40,10 @@ def function_table(lowered: Lowered, plan: Plan) -> dict[str, Any]:
     functions: a row for each PrimFunc that is called: name · role, from the parameters it is called with · rule ·
     kernels, the device kernels it consists of · launched, how many of them one call launches: fewer where the host
     takes one of several by the number of rows · grid, block (of the first; None on a CPU) · shared_memory_bytes a
-    block, as scheduled (what TVM adds for reductions across threads is not in it) · bytes, each input read and each
-    output written once · flops, see `work` · calls, {exported function: times it is called}. launches: {exported
-    function: kernels launched by one call}. launches_per_decode: of one greedy step at the smallest batch.
+    block, of the kernel that has most, as scheduled (what TVM adds for reductions across threads is not in it) ·
+    bytes, each input read and each output written once · flops, see `work` · calls, {exported function: times it is
+    called}. launches: {exported function: kernels launched by one call}. launches_per_decode: of one greedy step at
+    the smallest batch.
     """
     bodies = {var.name_hint: f for var, f in lowered.scheduled.functions_items() if isinstance(f, tirx.PrimFunc)}
     unscheduled = {var.name_hint: f for var, f in lowered.fused.functions_items()}

@@ -63,7 +63,7 @@ def write_kernel_list(work: Path, lowered: Lowered, plan: Plan, adapter: Sequenc
 
     functions = {v: f for v, f in lowered.final.functions_items() if isinstance(f, tirx.PrimFunc)}
     target, most = plan.target.tvm_target(), plan.target.limits.storage_binding_bytes
-    launches, kernels = split_launches(functions, target)
+    launches, kernels = split_launches(functions, target, choices=False)
     shaders = parse_wgsl((work / KERNELS).read_text(encoding="utf-8"))
     windows = _windows(functions, launches, shaders, most)
     listed = {
@@ -159,7 +159,9 @@ def _write_variants(
         functions = variant_functions(variant, unscheduled, lowered.hits, target)
         if not functions:
             continue
-        others, kernels = split_launches({GlobalVar(name): func for name, func in functions.items()}, target)
+        others, kernels = split_launches(
+            {GlobalVar(name): func for name, func in functions.items()}, target, choices=False
+        )
         same = [name for name in functions if _told(others[name]) == _told(launches[name])]
         names = {launch.kernel for name in same for launch in others[name]}
         sources = _wgsl(kernels, windows, names)

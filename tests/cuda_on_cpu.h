@@ -89,6 +89,7 @@ struct Thread {
   std::vector<Copy> issued;
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> unfenced;  // arrived; for the tensor cores only a fence makes them so
+  bool fenced = false;  // what its registers hold, for asynchronous products
   std::vector<Product> asked;
   std::vector<std::vector<Product>> products;
 };
@@ -173,7 +174,7 @@ inline void run_blocks(const std::vector<Dim> &blocks, Dim shape, int order, std
     self.stack.resize(128 << 10);
     self.index = {t % shape.x, t / shape.x % shape.y, t / shape.x / shape.y};
     self.block = blocks[i / count], self.shared = arena + (size_t)(i / count) * MOST_SHARED;
-    self.wait = RUNS, self.issued.clear(), self.groups.clear(), self.unfenced.clear();
+    self.wait = RUNS, self.issued.clear(), self.groups.clear(), self.unfenced.clear(), self.fenced = false;
     getcontext(&self.context);
     self.context.uc_stack = {self.stack.data(), 0, self.stack.size()};
     self.context.uc_link = nullptr;
@@ -323,9 +324,18 @@ inline void multiply(const Product &p) {
   }
 }
 
-// The asynchronous product of a warpgroup.
+inline void fence_registers() { threads[current].fenced = true; }
+
+inline uint64_t descriptors[1024][2];
+
+// The asynchronous product of a warpgroup; its threads name the same matrices.
 inline void wgmma(std::vector<float *> sums, uint64_t a, uint64_t b, bool onto) {
-  std::function<void(int)> operation = [](int) {};
+  const int t = current, first = t - t % 32;
+  if (!threads[t].fenced) fail("an asynchronous product before a fence of registers");
+  std::function<void(int)> operation = [=](int turn) {
+    if (turn == 0) descriptors[t][0] = a, descriptors[t][1] = b;
+    else if (descriptors[first][0] != a || descriptors[first][1] != b) fail("threads of a warp name other matrices");
+  };
   warp("wgmma", operation);
   threads[current].asked.push_back({sums, a, b, onto});
 }

@@ -194,7 +194,9 @@ def _called(statement: str) -> str:
         return f"emulated::products_done({wait.group(1)});"
     if text == "fence.proxy.async.shared::cta;":
         return "emulated::fence_async();"
-    if text in ("", "wgmma.fence.sync.aligned;"):  # for compilers, and for registers
+    if text == "wgmma.fence.sync.aligned;":
+        return "emulated::fence_registers();"
+    if text == "":  # for compilers
         return ""
     if "cp.async.cg.shared.global [%0], [%1], %2;" in text:
         return "copy_async(dst_p, src_p, 16);"

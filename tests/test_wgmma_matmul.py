@@ -8,15 +8,18 @@ import functools
 import pytest
 from cuda_on_cpu import kernel_source
 from test_tensor_matmul import CONFIG, check, check_product, product, symbolic
+from tvm.ir import GlobalVar
 
 from gpt2_tvm.build import lower_plan, make_plan
 from gpt2_tvm.config import PRESETS
 from gpt2_tvm.errors import UserError
+from gpt2_tvm.host_code import host_launches
 from gpt2_tvm.pipeline import Lowered
+from gpt2_tvm.schedules.registry import make_rules
 from gpt2_tvm.schedules.wgmma_matmul import ARCH, MOST_SHARED_BYTES, RULE, WgmmaMatmul, wgmma_tile
 from gpt2_tvm.toolchains import cuda, cuda_toolkit
 from targets import load_target
-from tuning.static import sass
+from tuning.static import occupancy, sass
 
 PLAN = make_plan(CONFIG, load_target("h200"), "q0f16", f"with-{RULE}", batch_sizes=(1,), verify_widths=())
 TARGET = PLAN.target.tvm_target()
@@ -63,7 +66,26 @@ def test_has_a_tile_for_the_family(model: str) -> None:
         assert tile is not None and columns % tile.columns == 0 and tile.columns >= 160
         assert tile.shared_bytes <= MOST_SHARED_BYTES and tile.stages >= 3
         assert tile.stage * 2 % 1024 == 0 == tile.rows * tile.stride * 2 % 1024  # where the swizzle begins anew
-    assert wgmma_tile(768, 96) is None
+
+
+def test_a_depth_that_it_has_no_steps_for_is_another_rules() -> None:
+    assert WgmmaMatmul().apply(product(768, 96), TARGET, False) is None
+
+
+def test_is_the_last_of_four_kernels() -> None:
+    """XL's c_fc: 128 x 128 from 257 rows on, 640 are more than two blocks of 256 columns for each multiprocessor."""
+    rule = dict(make_rules([RULE], PLAN.target))[RULE]
+    for (columns, k), first in {(6400, 1600): (257, 641), (768, 3072): (2689, 5505), (50257, 768): (None, 65)}.items():
+        schedule = rule.apply(product(columns, k), TARGET, False)
+        assert schedule is not None
+        func = schedule.mod["main"].with_attr("global_symbol", "product")
+        launches = host_launches({GlobalVar("product"): func}, TARGET)["product"]
+        starts = [1, 33, *(start for start in first if start is not None)]
+        assert len(launches) == len(starts)
+        for i, start in enumerate(starts):
+            for rows in (start, [*starts, 1 << 20][i + 1] - 1):
+                made = [launch.is_made(lambda extent, rows=rows: (1, rows)[extent.axis]) for launch in launches]
+                assert made == [j == i for j in range(len(starts))], (columns, rows)
 
 
 def test_is_for_one_architecture_alone() -> None:
@@ -85,7 +107,7 @@ def test_takes_what_has_rows_for_the_caller_to_choose_and_leaves_the_rest() -> N
     assert len(products()) == 5
 
 
-@pytest.mark.parametrize(("columns", "k"), [(768, 3072), (1600, 1600), (6400, 1600)])
+@pytest.mark.parametrize(("columns", "k"), [(768, 3072), (1600, 1600), (4800, 1600), (6400, 1600)])
 def test_machine_code(columns: int, k: int) -> None:
     """Instructions of all of a step in a row, their sums in registers; nothing waits for each of them, as it does where
     the compiler cannot tell what happens to the sums (its warning C7510)."""
@@ -98,11 +120,13 @@ def test_machine_code(columns: int, k: int) -> None:
     source = kernel_source(schedule.mod["main"], ARCH)
     with cuda._cuda_path(toolkit.root):
         found = {k.name: k for k in sass.kernels(cuda._nvrtc(source, ARCH, "cubin", toolkit))}
-    small, large = found["kernel_kernel"], found["kernel_kernel_1"]
-    assert small.counts["HMMA"] and not any("HGMMA" in name for name in small.opcodes)
+    large = found.pop("kernel_kernel_3")
+    assert len(found) == 3
+    for small in found.values():
+        assert small.counts["HMMA"] and not any("HGMMA" in name for name in small.opcodes)
     products = sum(count for name, count in large.opcodes.items() if name.startswith("HGMMA"))
     waits = sum(count for name, count in large.opcodes.items() if name.startswith("WARPGROUP.DEPBAR"))
     assert products and products % 4 == 0 and waits == products // 4 + 1
     assert large.stack == 0 and not any(name.startswith(("LDL", "STL")) for name in large.opcodes)
-    blocks = MOST_SHARED_BYTES // tile.shared_bytes
-    assert large.registers * tile.threads * blocks <= 65536
+    resident = occupancy.cuda_occupancy(ARCH, tile.threads, large.registers, tile.shared_bytes)
+    assert resident is not None and resident[0] * 2048 == tile.threads * (2 if tile.columns <= 160 else 1)

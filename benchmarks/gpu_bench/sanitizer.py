@@ -14,11 +14,13 @@ from pathlib import Path
 from gpt2_tvm.artifact import open_artifact, read_manifest
 from gpt2_tvm.measure.cases import Case
 from gpt2_tvm.measure.subjects import prompt_of
-from gpu_bench.crew import Clock
+from gpu_bench.crew import Clock, alone
 from gpu_bench.pieces import Piece, complaints, origin, work_through
 from gpu_bench.runs import Row, save
+from gpu_bench.weights import fill, has_weights
 
 SANITIZER_S = 240.0
+MANY = 322  # tokens of each prompt, at the largest batch
 
 
 def find_sanitizer() -> str | None:
@@ -38,7 +40,17 @@ def sanitizer_part(paths: Sequence[Path], tools: Sequence[str], limit_s: float, 
 
     def piece(path: Path, tool: str) -> Piece:
         about = origin(path, "cuda", ("sanitizer",), tool=tool)
-        return Piece(about, lambda left: sanitized(program, tool, path, min(SANITIZER_S, left)))
+
+        def run(left: float) -> Row:
+            if not has_weights(path):
+                begin = time.monotonic()
+                _, why = alone(f"weights of {path.name}", left, fill, path)
+                if why:
+                    return {"ok": False, "summary": "", **why}
+                left -= time.monotonic() - begin
+            return sanitized(program, tool, path, min(SANITIZER_S, max(1.0, left)))
+
+        return Piece(about, run)
 
     pieces = [piece(path, tool) for path in paths for tool in tools]
     return complaints(work_through(file, pieces, clock), pieces)
@@ -73,12 +85,14 @@ def sanitized(program: str, tool: str, path: Path, limit_s: float) -> Row:
 
 
 def exercise(path: str) -> None:
-    """What runs under compute-sanitizer: every kernel of a short generation, by graph and without."""
+    """What runs under compute-sanitizer: every kernel of a short generation, by graph and without, and those of a
+    prefill of many rows."""
     from gpt2_tvm.engine import Engine
 
     engine = Engine(path, None, verify=False)
     graphs = getattr(engine.runner, "graphs", None)
-    ids = prompt_of(open_artifact(path, verify=False), Case(1, min(33, engine.max_seq_len // 2), 4))
+    artifact = open_artifact(path, verify=False)
+    ids = prompt_of(artifact, Case(1, min(33, engine.max_seq_len // 2), 4))
     for enabled in (False, True) if graphs is not None else (False,):
         if graphs is not None:
             graphs.enabled = enabled
@@ -86,6 +100,8 @@ def exercise(path: str) -> None:
         engine.prefill(ids)
         engine.decode(int(ids[0, 0]))
         engine.decode_greedy(4)
+    engine.reset()
+    engine.prefill(prompt_of(artifact, Case(max(artifact.batch_sizes), min(MANY, engine.max_seq_len - 1), 1)))
     engine.runner.sync()
     if graphs is not None and graphs.refused:
         raise RuntimeError(f"no CUDA graph: {graphs.refused}")

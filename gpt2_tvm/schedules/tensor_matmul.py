@@ -3,7 +3,7 @@
 DLight's schedule gives a block 128 x 128 of the result, whatever the shape: for a prompt of 322 tokens a 768-column
 product is 18 blocks, on a GPU of 132 multiprocessors. Here a block has 64 x 64 (128 x 64 where columns are many, 16 or
 32 rows where there are no more), which is 72 blocks for the same product; and where there are rows enough for blocks of
-128 x 128 on every multiprocessor, a second kernel computes those, which read half as much of x and W for each product:
+128 x 128 on every multiprocessor, another kernel computes those, which read half as much of x and W for each product:
 
     for block of rows, block of columns:
         stages 0 .. s - 2 <- x, W                              # cp.async, straight to shared memory
@@ -13,8 +13,8 @@ product is 18 blocks, on a GPU of 132 multiprocessors. Here a block has 64 x 64 
         epilogue (bias, activation, residual) on the accumulators, two neighbouring columns a store
 
 One barrier a step. A stage's rows are 16 bytes longer than what they hold, so that the eight rows that `ldmatrix` reads
-at a time lie in different banks. Rows past the last one repeat it and are not stored: two kernels serve every length,
-and the host takes one of them by the number of rows.
+at a time lie in different banks. Rows past the last one repeat it and are not stored: three kernels serve every length,
+for up to 32 rows, for many, and between, and the host takes one of them by the number of rows.
 
 Register layouts: PTX ISA 9.0, "Matrix fragments for mma.m16n8k16".
 """
@@ -34,7 +34,14 @@ from gpt2_tvm.kernels.cuda_prefill_attention import CHUNK, LEAST_ARCH
 from gpt2_tvm.kernels.math import Expr, loads, rewrite, static
 from gpt2_tvm.kernels.spec import GpuLimits
 from gpt2_tvm.schedules.stages import Buffer, Loop, bind, row_indices
-from gpt2_tvm.schedules.tensor_tiles import MULTIPROCESSORS, TensorTile, choose_tile, large_tile, rows_to_fill
+from gpt2_tvm.schedules.tensor_tiles import (
+    FEW_ROWS,
+    MULTIPROCESSORS,
+    TensorTile,
+    choose_tile,
+    large_tile,
+    rows_to_fill,
+)
 from gpt2_tvm.schedules.webgpu_product import (
     Product,
     binding,
@@ -72,17 +79,20 @@ class TensorMatmul(GPUScheduleRule):
         x, w = _matrix(m, m.x, m.row_loops), _matrix(m, m.w, (m.column,))
         if x is None or w is None:
             return None
-        # Step 2. Tiles, the smaller ones first
-        columns, k = int(m.column.extent), int(m.k.extent)
-        tile = self.tile or choose_tile(m.few_rows(), columns, k, limits)
+        # Step 2. Tiles
+        rows, columns, k = m.few_rows(), int(m.column.extent), int(m.k.extent)
+        tile = self.tile or choose_tile(rows, columns, k, limits)
         if tile is None or k % tile.depth:
             return None
-        parts = [TensorKernel(m, x, w, tile)]
-        if self.tile is None and m.few_rows() is None:
-            parts += self.larger(m, x, w, limits)
+        parts = [(1, TensorKernel(m, x, w, tile))]
+        if self.tile is None and rows is None:
+            few, larger = choose_tile(FEW_ROWS, columns, k, limits), self.larger(m, x, w, limits)
+            if few is None or larger is None:
+                return None
+            parts = [(1, TensorKernel(m, x, w, few)), (FEW_ROWS + 1, parts[0][1])]
+            parts += [(rows_to_fill(part.t, columns, self.multiprocessors), part) for part in larger]
         # Step 3. Loops
-        rows_for = [rows_to_fill(part.t, columns, self.multiprocessors) for part in parts]
-        return kernel(func, partial(_by_rows, parts[0].rows, parts, rows_for))
+        return kernel(func, partial(_by_rows, parts[0][1].rows, _distinct(parts)))
 
     def is_for(self, target: Target, limits: GpuLimits) -> bool:
         """Whether this CUDA target has the instructions."""
@@ -92,22 +102,31 @@ class TensorMatmul(GPUScheduleRule):
         """Whether it takes products with so many rows; None where the caller decides."""
         return True
 
-    def larger(self, m: Product, x: Buffer, w: Buffer, limits: GpuLimits) -> list[TensorKernel]:
-        """The kernels for more rows than the first is for, the largest last."""
+    def larger(self, m: Product, x: Buffer, w: Buffer, limits: GpuLimits) -> list[TensorKernel] | None:
+        """The kernels for more rows than `choose_tile`'s is for, the largest last; None for a product that another rule
+        should have."""
         tile = large_tile(int(m.k.extent), limits)
         return [] if tile is None else [TensorKernel(m, x, w, tile)]
 
 
-def _by_rows(rows: Expr, parts: Sequence[TensorKernel], rows_for: Sequence[int]) -> None:
+Parts = Sequence[tuple[int, "TensorKernel"]]  # each with the number of rows from which on it is the one
+
+
+def _distinct(parts: Parts) -> Parts:
+    """Without those that a larger one leaves no rows for."""
+    return [part for i, part in enumerate(parts) if all(part[0] < after[0] for after in parts[i + 1 :])]
+
+
+def _by_rows(rows: Expr, parts: Parts) -> None:
     """The last kernel that has rows enough; the first one needs none."""
     if len(parts) == 1:
-        parts[0].emit()
+        parts[0][1].emit()
         return
-    with T.If(rows < rows_for[1]):
+    with T.If(rows < parts[1][0]):
         with T.Then():
-            parts[0].emit()
+            parts[0][1].emit()
         with T.Else():
-            _by_rows(rows, parts[1:], rows_for[1:])
+            _by_rows(rows, parts[1:])
 
 
 def _matrix(m: Product, factor: Expr, lines: Sequence[Loop]) -> Buffer | None:

@@ -10,6 +10,7 @@ from gpt2_tvm.kernels.spec import GpuLimits
 
 MANY_COLUMNS = 16384  # blocks enough whatever their size: the head
 DEPTHS = (128, 64, 32)
+FEW_ROWS = 32  # of a number that is only known at run time: up to these have a kernel of their own
 MULTIPROCESSORS = 108  # where the GPU is not known: an A100's
 GROUP = 8  # rows of blocks done together, where blocks are large and many
 SHARED_BYTES = 32 << 10  # of a block with many rows: three are then on a multiprocessor with 100 KiB (RTX 40)

@@ -52,12 +52,13 @@ class Product:
         return sym.Analyzer().simplify(row_count(self.row_loops))
 
     def few_rows(self) -> int | None:
-        """The number of rows where it is known; where only the batch is not, that of a small batch."""
+        """The number of rows where it is known; where only the batch is not, that of a small batch. None where the
+        length of a prompt is not known, the last loop of several: of one sequence too, as MLC has it."""
         known = static(self.rows)
         if known is not None:
             return known
         unknown = [loop for loop in self.row_loops if static(loop.extent) is None]
-        if len(unknown) > 1:
+        if len(unknown) > 1 or (len(self.row_loops) > 1 and unknown[0] is self.row_loops[-1]):
             return None
         rest = 1
         for loop in self.row_loops:

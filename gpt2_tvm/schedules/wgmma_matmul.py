@@ -18,7 +18,7 @@ In shared memory lines of 64 elements, 128 bytes, lie one after the other. Of th
 is in place p ^ (r % 8): the 128-byte swizzle, by which 8 lines are read without bank conflicts and without padding. The
 instruction undoes it from bits of the address, so stages start at multiples of 1,024 bytes.
 
-With few rows `tensor-matmul`'s small blocks are as good as these are few; the host chooses, as there. Copies are by
+These blocks are `tensor-matmul`'s fourth kernel, for more rows than its 128 x 128 are for. Copies are by
 cp.async, 16 bytes a thread. The copy engine (TMA) would spare the threads their addresses, which here are off the
 tensor cores' path; it would need its descriptors encoded by the host for each call's x.
 
@@ -51,6 +51,7 @@ WARPGROUP = 128  # threads
 ROWS = 128  # of a block: 64 for each of two warpgroups
 COLUMNS = (256, 192, 160, 128)
 MOST_SHARED_BYTES = 227 << 10  # a block's on sm_90 (CUDA C++ Programming Guide 13.0, "Compute Capabilities")
+RESERVED_BYTES = 1 << 10  # of each block, beside its own; a multiprocessor has 228 KiB
 # A descriptor's fields from its 14th bit: lines of 8 rows are 1,024 bytes apart (bits 32 .. 45, in units of 16 bytes);
 # 128-byte swizzle (1 in bits 62 .. 63). The leading offset (bits 16 .. 29) is not used by swizzled K-major layouts.
 DESCRIPTOR = (LINES * LINE_BYTES // 16) << 32 | 1 << 62 | 1 << 16
@@ -86,14 +87,14 @@ class WgmmaTile(TensorTile):
 def wgmma_tile(columns: int, k: int, most_bytes: int = MOST_SHARED_BYTES) -> WgmmaTile | None:
     """The tile for many rows: the widest that divides the columns, else 128. None where k does not fit.
 
-    Four stages; three where two blocks then share a multiprocessor.
+    Four stages; three where two blocks then share a multiprocessor's memory.
     """
     if k % DEPTH:
         return None
     wide = next((c for c in COLUMNS if columns % c == 0), COLUMNS[-1])
     for stages in (4, 3):
         tile = WgmmaTile(ROWS, wide, 8, 1, DEPTH, stages, GROUP)
-        if 2 * tile.shared_bytes <= most_bytes:
+        if 2 * (tile.shared_bytes + RESERVED_BYTES) <= most_bytes + RESERVED_BYTES:
             return tile
     return WgmmaTile(ROWS, wide, 8, 1, DEPTH, 4, GROUP)
 
@@ -107,9 +108,9 @@ class WgmmaMatmul(TensorMatmul):
     def is_for_rows(self, rows: int | None) -> bool:
         return rows is None  # few ones are another rule's, which this one may stand before
 
-    def larger(self, m: Product, x: Buffer, w: Buffer, limits: GpuLimits) -> list[TensorKernel]:
+    def larger(self, m: Product, x: Buffer, w: Buffer, limits: GpuLimits) -> list[TensorKernel] | None:
         tile = wgmma_tile(int(m.column.extent), int(m.k.extent))
-        return [] if tile is None else [WgmmaKernel(m, x, w, tile)]
+        return None if tile is None else [*(super().larger(m, x, w, limits) or ()), WgmmaKernel(m, x, w, tile)]
 
 
 class WgmmaKernel(TensorKernel):

@@ -60,7 +60,7 @@ class WebgpuCandidates:
         self.announce("schedule")
         func = schedule(self.workloads[name].func, config, self.tvm_target)
         self.announce("build WGSL")
-        launches, devices = split_launches({tvm.ir.GlobalVar("kernel"): func}, self.tvm_target)
+        launches, devices = split_launches({tvm.ir.GlobalVar("kernel"): func}, self.tvm_target, choices=False)
         build = tvm.get_global_func("target.build.webgpu")
         shaders: dict[str, Any] = {}
         for device_target, kernels in devices.items():

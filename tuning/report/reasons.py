@@ -104,6 +104,8 @@ def why_not(rule: str, work: Work) -> str:
     elif rule in ("tensor-matmul", "wgmma-matmul"):
         if not work.product:
             return NO_PRODUCT
+        if rule == "wgmma-matmul" and isinstance(work.rows, int):
+            return f"{_rows_text(work.rows)}: it is for rows whose number the caller chooses"
         if work.prologue:
             return "it reduces before the product; tensor cores are fed two matrices as they lie in memory"
         return "it is not two plain matrices of float16 with a depth that divides into the steps of tensor cores"

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -71,7 +72,7 @@ def static_rows(
     compile every shader, and note those that it refuses or does not finish. Returns a row a kernel (with several
     architectures in one library, a row for each) in the order of the manifest's functions:
     function, role, rule, calls {exported function: times it is called}, kernels (of the function), launched (by one
-    call of it, fewer where the host takes one of several), grid (of its first kernel), kind (of the target), and the
+    call of it, fewer where the host takes one of several), grid (of this kernel), kind (of the target), and the
     fields of `KernelResources`.
 
     Raises UserError for a choice that is wrong and for a compiler or tool that is missing; what TVM raises where a
@@ -114,17 +115,21 @@ def _with_pipelines(rows: list[Row], executable: Any) -> list[Row]:
 
 def rows_of(plan: Plan, lowered: Lowered, executable: Any, library: bytes | None = None) -> list[Row]:
     """`static_rows` of a module that is compiled already; `library` as for `kernel_resources`."""
-    from gpt2_tvm.inventory import function_table
+    from gpt2_tvm.inventory import function_table, launch_shapes
     from tuning.static.resources import kernel_resources
 
     by_function: dict[str, list[Row]] = {}
     for record in kernel_resources(plan, lowered, executable, library).values():
         by_function.setdefault(record.function, []).append(asdict(record))
+    bodies = {var.name_hint: func for var, func in lowered.scheduled.functions_items()}
     rows = []
     for function in function_table(lowered, plan)["functions"]:
         told = {key: function[key] for key in ("role", "rule", "calls", "kernels", "launched", "grid")}
+        grids = [grid for grid, _ in launch_shapes(bodies[function["name"]])] if told["grid"] else []
         for row in _in_order(by_function.get(function["name"], [])):
-            rows.append({**row, **told, "kind": plan.target.kind, "notes": list(row["notes"])})
+            place = re.search(r"_kernel_(\d+)$", row["kernel"])
+            own = dict(enumerate(grids)).get(int(place.group(1)) if place else 0, told["grid"])
+            rows.append({**row, **told, "grid": own, "kind": plan.target.kind, "notes": list(row["notes"])})
     return rows
 
 

@@ -51,8 +51,9 @@ laboratory() {
     for target in rtx-4090 h200; do  # marked: the 2023 study's best point on a 4090
         record "sweep-static-$target.md" python -m tuning.heatmap "artifacts/records/static/$target-gemv.jsonl" \
             --output "artifacts/figures/sweep-static-$target" --mark TS=8,TR=16,TILE_S=1,TILE_R=8
-        record "static-$target.md" python -m tuning.ablation --model gpt2 --target "$target" --quantization q0f16 --static \
-            --sets baseline,only-matmul,only-gemv,only-reduction,only-general-reduction,stock,full,without-norm-gemv,without-wide-gemv,without-tensor-matmul,with-persistent
+        sets=baseline,only-matmul,only-gemv,only-reduction,only-general-reduction,stock,full,without-norm-gemv,without-wide-gemv,without-tensor-matmul,with-persistent
+        [ "$target" = h200 ] && sets=$sets,with-wgmma-matmul
+        record "static-$target.md" python -m tuning.ablation --model gpt2 --target "$target" --quantization q0f16 --static --sets "$sets"
     done
 }
 

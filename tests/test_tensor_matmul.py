@@ -22,6 +22,7 @@ from gpt2_tvm.pipeline import Lowered
 from gpt2_tvm.schedules.registry import make_rules
 from gpt2_tvm.schedules.tensor_matmul import RULE, TensorMatmul
 from gpt2_tvm.schedules.tensor_tiles import TensorTile, choose_tile, large_tile, rows_to_fill
+from gpt2_tvm.schedules.webgpu_product import match_product
 from targets import load_target
 
 # 1001 columns: odd, and no multiple of any tile. 64 and 192 more than one tile; 192 is no multiple of 128.
@@ -187,9 +188,10 @@ def test_any_number_of_many_rows(rows: int) -> None:
     check_product(schedule.mod["main"], rows, 200, 64)
 
 
-def product(columns: int, k: int) -> tirx.PrimFunc:
-    """x [b, n, k] times w [columns, k], transposed, in float16."""
-    b, n = tirx.Var("b", "int64"), tirx.Var("n", "int64")
+def product(columns: int, k: int, batch: int | None = None, length: int | None = None) -> tirx.PrimFunc:
+    """x [b, n, k] times w [columns, k], transposed, in float16; b and n are the caller's where they are None."""
+    b = tirx.Var("b", "int64") if batch is None else batch
+    n = tirx.Var("n", "int64") if length is None else length
     x, w = te.placeholder((b, n, k), "float16", name="x"), te.placeholder((columns, k), "float16", name="w")
     at = te.reduce_axis((0, k), name="at")
 
@@ -198,6 +200,20 @@ def product(columns: int, k: int) -> tirx.PrimFunc:
 
     y = te.compute((b, n, columns), total, name="y")
     return te.create_prim_func([x, w, te.compute(y.shape, lambda *i: y[i].astype("float16"), name="half")])
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "wanted"),
+    [(None, None, None), (1, None, None), (3, None, None), (None, 1, 4), (None, 4, 16), (2, 5, 10)],
+)
+def test_which_numbers_of_rows_are_few(batch: int | None, length: int | None, wanted: int | None) -> None:
+    """A length that is not known is a prompt's, also of the one sequence that MLC's prefill has; a batch is small."""
+    func = product(64, 64, batch, length)
+    found = match_product(func)
+    assert found is not None and found.few_rows() == wanted
+    schedule = TensorMatmul().apply(func, TARGET.tvm_target(), False)
+    assert schedule is not None
+    assert len(launch_shapes(schedule.mod["main"])) == (3 if wanted is None else 1)
 
 
 def check_product(scheduled: tirx.PrimFunc, rows: int, columns: int, k: int, arch: str = "sm_80") -> None:

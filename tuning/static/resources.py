@@ -97,6 +97,12 @@ def function_of(kernel: str) -> str:
     return re.sub(r"_kernel(?:_\d+)?$", "", kernel)
 
 
+def place_of(kernel: str) -> int:
+    """Which of its function's kernels a device kernel is, counted from 0."""
+    found = re.search(r"_kernel_(\d+)$", kernel)
+    return int(found.group(1)) if found else 0
+
+
 def _threads(lowered: Lowered) -> Callable[[str], int | None]:
     """Threads of a block by the kernel's name, read from the scheduled functions' loops."""
     from tvm import tirx
@@ -107,9 +113,8 @@ def _threads(lowered: Lowered) -> Callable[[str], int | None]:
 
     def threads(kernel: str) -> int | None:
         body = bodies.get(function_of(kernel))
-        place = re.search(r"_kernel(?:_(\d+))?$", kernel)
         nests = launch_shapes(body) if body is not None else []
-        index = int(place.group(1) or 0) if place else 0
+        index = place_of(kernel)
         if index >= len(nests):
             return None
         total = 1

@@ -7,7 +7,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -116,7 +115,7 @@ def _with_pipelines(rows: list[Row], executable: Any) -> list[Row]:
 def rows_of(plan: Plan, lowered: Lowered, executable: Any, library: bytes | None = None) -> list[Row]:
     """`static_rows` of a module that is compiled already; `library` as for `kernel_resources`."""
     from gpt2_tvm.inventory import function_table, launch_shapes
-    from tuning.static.resources import kernel_resources
+    from tuning.static.resources import kernel_resources, place_of
 
     by_function: dict[str, list[Row]] = {}
     for record in kernel_resources(plan, lowered, executable, library).values():
@@ -126,17 +125,14 @@ def rows_of(plan: Plan, lowered: Lowered, executable: Any, library: bytes | None
     for function in function_table(lowered, plan)["functions"]:
         told = {key: function[key] for key in ("role", "rule", "calls", "kernels", "launched", "grid")}
         grids = [grid for grid, _ in launch_shapes(bodies[function["name"]])] if told["grid"] else []
-        for row in _in_order(by_function.get(function["name"], [])):
-            place = re.search(r"_kernel_(\d+)$", row["kernel"])
-            own = dict(enumerate(grids)).get(int(place.group(1)) if place else 0, told["grid"])
-            rows.append({**row, **told, "grid": own, "kind": plan.target.kind, "notes": list(row["notes"])})
+        own = by_function.get(function["name"], [])
+        archs = list(dict.fromkeys(row["arch"] for row in own))
+        # as the function launches them, one architecture after another
+        for row in sorted(own, key=lambda row: (archs.index(row["arch"]), place_of(row["kernel"]))):
+            place = place_of(row["kernel"])
+            grid = grids[place] if place < len(grids) else told["grid"]
+            rows.append({**row, **told, "grid": grid, "kind": plan.target.kind, "notes": list(row["notes"])})
     return rows
-
-
-def _in_order(kernels: Sequence[Row]) -> list[Row]:
-    """A function's kernels as it launches them, f_kernel, f_kernel_1 and so on, one architecture after another."""
-    archs = list(dict.fromkeys(row["arch"] for row in kernels))
-    return sorted(kernels, key=lambda row: (archs.index(row["arch"]), len(row["kernel"]), row["kernel"]))
 
 
 def summary(rows: Sequence[Row]) -> Row:

@@ -84,14 +84,16 @@ def in_its_process(
 ) -> Row:
     """`function(path, *arguments)`, which gives a row, in a process of its own, within `each_s`. Before, an artifact
     without weights gets them, within all of `left_s`: what was begun of a large model's is begun anew."""
-    why: dict[str, str] = {}
     found: Any = None
     clock = Clock(left_s)
-    if not has_weights(path):
-        _, why = alone(f"weights of {path.name}", left_s, fill, path)
-    if not why:
+    if not (why := without_weights(path, left_s)):
         found, why = alone(path.name, max(1.0, min(each_s, clock.left)), function, path, *arguments)
     return {"ok": False, **why} if why else dict(found)
+
+
+def without_weights(path: Path, left_s: float) -> dict[str, str]:
+    """Why an artifact has no weights, after an attempt of `left_s` to make them; {} where it has."""
+    return {} if has_weights(path) else alone(f"weights of {path.name}", left_s, fill, path)[1]
 
 
 def complaints(found: dict[str, Any], pieces: Sequence[Piece]) -> list[str]:

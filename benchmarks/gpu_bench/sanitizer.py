@@ -14,10 +14,9 @@ from pathlib import Path
 from gpt2_tvm.artifact import open_artifact, read_manifest
 from gpt2_tvm.measure.cases import Case
 from gpt2_tvm.measure.subjects import prompt_of
-from gpu_bench.crew import Clock, alone
-from gpu_bench.pieces import Piece, complaints, origin, work_through
+from gpu_bench.crew import Clock
+from gpu_bench.pieces import Piece, complaints, origin, without_weights, work_through
 from gpu_bench.runs import Row, save
-from gpu_bench.weights import fill, has_weights
 
 SANITIZER_S = 240.0
 MANY = 322  # tokens of each prompt, at the largest batch
@@ -42,13 +41,10 @@ def sanitizer_part(paths: Sequence[Path], tools: Sequence[str], limit_s: float, 
         about = origin(path, "cuda", ("sanitizer",), tool=tool)
 
         def run(left: float) -> Row:
-            if not has_weights(path):
-                begin = time.monotonic()
-                _, why = alone(f"weights of {path.name}", left, fill, path)
-                if why:
-                    return {"ok": False, "summary": "", **why}
-                left -= time.monotonic() - begin
-            return sanitized(program, tool, path, min(SANITIZER_S, max(1.0, left)))
+            end = time.monotonic() + left
+            if why := without_weights(path, left):
+                return {"ok": False, "summary": "", **why}
+            return sanitized(program, tool, path, min(SANITIZER_S, max(1.0, end - time.monotonic())))
 
         return Piece(about, run)
 

@@ -16,7 +16,7 @@ from gpt2_tvm.kernels.persistent.shape import RULE as PERSISTENT
 from gpt2_tvm.kernels.persistent.shape import StepShape, step_shape
 from gpt2_tvm.passes.registry import pass_set
 from gpt2_tvm.quantization import Scheme, scheme_for
-from gpt2_tvm.schedules.registry import rule_set
+from gpt2_tvm.schedules.registry import LETTERS, rule_set
 from gpt2_tvm.schedules.tuned import Tuned, load_tuned
 from gpt2_tvm.streams import StreamPlan, read_plan
 from gpt2_tvm.toolchains import tensor_intrin
@@ -131,8 +131,6 @@ def make_plan(
 def with_letter(target: DeviceTarget, rules: Sequence[str]) -> DeviceTarget:
     """The target whose architecture has the instructions that these rules write: sm_90a for sm_90 where one asks for
     warpgroup instructions. Such code runs on that very architecture, and on no later one."""
-    from gpt2_tvm.schedules.registry import LETTERS
-
     for rule in rules:
         if (arch := LETTERS.get(rule)) is None or target.archs == (arch,):
             continue

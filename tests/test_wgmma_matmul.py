@@ -73,7 +73,8 @@ def test_a_depth_that_it_has_no_steps_for_is_another_rules() -> None:
 
 
 def test_is_the_last_of_four_kernels() -> None:
-    """XL's c_fc: 128 x 128 from 257 rows on, 640 are more than two blocks of 256 columns for each multiprocessor."""
+    """XL's c_fc has 50 columns of blocks of 128 and 25 of 256: 132 multiprocessors have one each from the third
+    and from the sixth row of blocks on."""
     rule = dict(make_rules([RULE], PLAN.target))[RULE]
     for (columns, k), first in {(6400, 1600): (257, 641), (768, 3072): (2689, 5505), (50257, 768): (None, 65)}.items():
         schedule = rule.apply(product(columns, k), TARGET, False)

@@ -81,18 +81,22 @@ def _matmul(_: DeviceTarget) -> ScheduleRule:
     return MendedMatmul()
 
 
-def _tensor_matmul(target: DeviceTarget) -> ScheduleRule:
-    from gpt2_tvm.schedules.tensor_matmul import TensorMatmul
+def _multiprocessors(target: DeviceTarget) -> int:
     from gpt2_tvm.schedules.tensor_tiles import MULTIPROCESSORS
 
-    return TensorMatmul(multiprocessors=target.cores.count if target.cores else MULTIPROCESSORS)
+    return target.cores.count if target.cores else MULTIPROCESSORS
+
+
+def _tensor_matmul(target: DeviceTarget) -> ScheduleRule:
+    from gpt2_tvm.schedules.tensor_matmul import TensorMatmul
+
+    return TensorMatmul(multiprocessors=_multiprocessors(target))
 
 
 def _wgmma_matmul(target: DeviceTarget) -> ScheduleRule:
-    from gpt2_tvm.schedules.tensor_tiles import MULTIPROCESSORS
     from gpt2_tvm.schedules.wgmma_matmul import WgmmaMatmul
 
-    return WgmmaMatmul(multiprocessors=target.cores.count if target.cores else MULTIPROCESSORS)
+    return WgmmaMatmul(multiprocessors=_multiprocessors(target))
 
 
 def _wide_gemv(_: DeviceTarget) -> ScheduleRule:

@@ -1,9 +1,8 @@
 """`wgmma-matmul`: prefill's products by Hopper's warpgroup instructions (sm_90a), for prompts and batches of many rows.
 
-On an H100 `mma.sync` reaches about 63 % of what the tensor cores can do: its operands pass through registers, a warp at
-a time (Luo et al., arXiv:2402.13499). `wgmma` takes both matrices from shared memory, for 64 rows and up to 256 columns
-an instruction, and works on while its warps do other things. A block has two warpgroups with 64 rows each, which share
-their columns of W:
+The operands of `mma.sync` pass through registers, a warp at a time, which is not enough to keep Hopper's tensor cores
+busy. `wgmma` takes both matrices from shared memory, for 64 rows and up to 256 columns an instruction, and works on
+while its warps do other things. A block has two warpgroups with 64 rows each, which share their columns of W:
 
     for step of k, 64 elements:
         wait for this step's stage; fence: what cp.async wrote, for the tensor cores; barrier
@@ -37,13 +36,14 @@ from tvm.target import Target
 from gpt2_tvm.kernels.cuda_prefill_attention import CHUNK
 from gpt2_tvm.kernels.math import Expr
 from gpt2_tvm.kernels.spec import GpuLimits
+from gpt2_tvm.schedules.registry import LETTERS
 from gpt2_tvm.schedules.stages import Buffer, bind
 from gpt2_tvm.schedules.tensor_matmul import TensorKernel, TensorMatmul
 from gpt2_tvm.schedules.tensor_tiles import GROUP, TensorTile
 from gpt2_tvm.schedules.webgpu_product import Product, loop, where
 
 RULE = "wgmma-matmul"
-ARCH = "sm_90a"  # and only that: no other architecture has the instructions
+ARCH = LETTERS[RULE]  # and only that: no other architecture has the instructions
 DEPTH = 64  # elements of k a step: a line is then 128 bytes, what the swizzle is for
 LINE_BYTES, LINES = 128, 8  # of a swizzled piece of shared memory
 K = 16  # of an instruction
